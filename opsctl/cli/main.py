@@ -1,0 +1,45 @@
+"""The command line: collects one file per verb. ``provision.py`` is the one to read first."""
+
+from __future__ import annotations
+
+import typer
+
+import opsctl
+from opsctl.cli import bundle, init, lab, model, provision, status, trust
+
+app = typer.Typer(
+    name="opsctl",
+    help="Bare GPU machines to guarded, monitored LLM servers; models changed under live traffic.\n\n"
+    "Try it: [bold]opsctl lab up[/bold], then [bold]opsctl provision[/bold].",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    add_completion=True,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"opsctl {opsctl.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Options that stand before a verb."""
+
+
+app.command("init")(init.init)
+app.command("trust")(trust.trust)
+app.command("provision")(provision.provision)
+app.command("status")(status.status)
+app.add_typer(model.app, name="model")
+app.add_typer(bundle.app, name="bundle")
+app.add_typer(lab.app, name="lab")
+
+
+def main() -> None:
+    """The ``opsctl`` command."""
+    app()

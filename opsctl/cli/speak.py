@@ -1,0 +1,144 @@
+"""How a verb speaks: stdout is the result, stderr is talk, ``--json`` is one document, errors become exit codes.
+
+>>> with speaking("status", as_json=True) as speaker:
+...     speaker.result({"hosts": []}, "no hosts")
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+from opsctl.cli.views import View, choose_view
+from opsctl.engines.events import Event
+from opsctl.errors import ConfigurationError, ExitCode, OpsctlError, UsageError
+
+Inventory = Annotated[
+    Path | None,
+    typer.Argument(help="Inventory file. Default: $OPSCTL_INVENTORY, then ./inventory.ini.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", hidden=True)]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+Limit = Annotated[str, typer.Option("--limit", help="Only these hosts: a host pattern, as Ansible's.")]
+
+
+class Speaker:
+    """What a verb says and where; views get its events."""
+
+    def __init__(self, verb: str, *, as_json: bool, debug: bool) -> None:
+        self.verb = verb
+        self.as_json = as_json
+        self.debug = debug
+        self.exit_code = ExitCode.DONE
+        self.out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.talk = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+        self.view: View = choose_view(self.talk, quiet_terminal=as_json)
+
+    def emit(self, event: Event) -> None:
+        self.view.show(event)
+
+    def say(self, text: RenderableType) -> None:
+        """Talk: goes to stderr, never into a pipe."""
+        self.talk.print(text)
+
+    def result(self, document: dict[str, Any], text: RenderableType, exit_code: ExitCode = ExitCode.DONE) -> None:
+        """The one result of the verb: ``document`` with ``--json``, else ``text``."""
+        self.view.close()
+        self.exit_code = exit_code
+        if self.as_json:
+            self._document(document)
+        else:
+            self.out.print(text)
+
+    def confirm(self, question: str, *, yes: bool) -> None:
+        """Asks on a terminal; off one, ``--yes`` is wanted.
+
+        Raises:
+            UsageError: off a terminal without ``--yes``.
+            KeyboardInterrupt: the answer was no.
+        """
+        if yes:
+            return
+        if not sys.stdin.isatty():
+            raise UsageError("confirm.needs_yes", f"{self.verb} asks before it acts, and there is no terminal to ask on.",
+                             hint="look at what it printed, then add --yes")
+        if not typer.confirm(question, err=True):
+            raise KeyboardInterrupt
+
+    def _document(self, document: dict[str, Any]) -> None:
+        sys.stdout.write(json.dumps({"schema": f"opsctl.{self.verb.replace(' ', '-')}/v1", **document}, indent=2,
+                                    default=str) + "\n")
+        sys.stdout.flush()
+
+    def _error(self, error: OpsctlError) -> None:
+        self.view.close()
+        for line in error.log_tail:
+            self.talk.print(f"  | {line}", markup=False, style="dim")
+        self.talk.print(f"error: {error.message}", markup=False, style="bold red")
+        if error.hint:
+            self.talk.print(f" hint: {error.hint}", markup=False, style="yellow")
+        self.talk.print(f" code: {error.code} (exit {int(error.exit_code)})", markup=False, style="dim")
+        if self.as_json:
+            self._document({"error": error.as_document(), "exit_code": int(error.exit_code)})
+
+
+@contextmanager
+def speaking(verb: str, *, as_json: bool = False, debug: bool = False) -> Iterator[Speaker]:
+    """Runs a verb's body; turns errors into one sentence and an exit code, and signals into exit 130."""
+    speaker = Speaker(verb, as_json=as_json, debug=debug or bool(os.environ.get("OPSCTL_DEBUG")))
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield speaker
+    except OpsctlError as error:
+        if speaker.debug:
+            traceback.print_exc()
+        speaker._error(error)
+        raise typer.Exit(int(error.exit_code)) from None
+    except KeyboardInterrupt:
+        speaker.view.close()
+        speaker.talk.print("interrupted; the same command again continues", style="yellow")
+        if as_json:
+            speaker._document({"error": {"code": "interrupted", "message": "interrupted"}, "exit_code": 130})
+        raise typer.Exit(int(ExitCode.INTERRUPTED)) from None
+    except typer.Exit:
+        raise
+    except Exception as error:  # noqa: BLE001 - the one place that keeps tracebacks from users
+        if speaker.debug:
+            raise
+        speaker._error(OpsctlError("unexpected", f"unexpected {type(error).__name__}: {error}",
+                                   hint="run again with --debug for the traceback, and report it"))
+        raise typer.Exit(int(ExitCode.UNEXPECTED)) from None
+    finally:
+        speaker.view.close()
+        signal.signal(signal.SIGTERM, previous)
+    if speaker.exit_code is not ExitCode.DONE:
+        raise typer.Exit(int(speaker.exit_code))
+
+
+def find_inventory(argument: Path | None) -> Path:
+    """The inventory a verb works on: argument, ``$OPSCTL_INVENTORY``, ``./inventory.ini``; absolute.
+
+    Raises:
+        ConfigurationError: the file is not there.
+    """
+    path = argument or Path(os.environ.get("OPSCTL_INVENTORY") or "inventory.ini")
+    if not path.is_file():
+        raise ConfigurationError("inventory.missing", f"there is no inventory at {path.absolute()}.",
+                                 hint="opsctl init makes one; opsctl lab up makes a whole fleet to try")
+    return path.absolute()
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,89 @@
+"""The fleet as frozen plain data. ``inventory.py`` makes it; every engine and view reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from opsctl.errors import UsageError
+
+GROUPS = ("gpu", "lb", "monitor", "gateway")
+
+AGENT_CHECK_PORT = 9777
+BUNDLE_PORT = 8480
+
+
+@dataclass(frozen=True)
+class Host:
+    """One machine of the inventory. ``address`` is for SSH, the other two for services and metrics."""
+
+    name: str
+    address: str
+    groups: tuple[str, ...]
+    connection: Literal["ssh", "local"] = "ssh"
+    user: str = ""  # empty: ssh's own default
+    port: int = 22
+    identity_file: str = ""
+    proxy_jump: str = ""
+    service_address: str = ""
+    management_address: str = ""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Service:
+    """One entry of services.yml. Ports are TCP; instance n listens on ``port + n``, the load balancer on ``listen``."""
+
+    name: str
+    group: str
+    port: int
+    listen: int
+    instances_per_host: int = 1
+    gpus_per_instance: int = 0
+    tensor_parallel: int = 1
+    min_serving: int = 1
+    first_release: str = ""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What is true of one instance on one host only."""
+
+    instance: str  # "chat.0"
+    service: str
+    index: int
+    host: str
+    address: str
+    port: int
+    gpus: tuple[str, ...] = ()
+    tensor_parallel: int = 1
+
+
+@dataclass(frozen=True)
+class Fleet:
+    directory: Path  # where inventory, services.yml, keys/, trust/, known_hosts and .opsctl/ lie
+    inventory: Path
+    hosts: tuple[Host, ...]
+    services: tuple[Service, ...]
+    package_source: Literal["gateway", "upstream"] = "gateway"
+    load_balancer: Literal["haproxy", "hook", "none"] = "haproxy"
+
+    def host(self, name: str) -> Host:
+        for host in self.hosts:
+            if host.name == name:
+                return host
+        raise UsageError("fleet.no_such_host", f"{self.inventory}: there is no host {name}.",
+                         hint="hosts: " + ", ".join(host.name for host in self.hosts))
+
+    def service(self, name: str) -> Service:
+        for service in self.services:
+            if service.name == name:
+                return service
+        raise UsageError("fleet.no_such_service", f"{self.directory / 'services.yml'}: there is no service {name}.",
+                         hint="services: " + ", ".join(service.name for service in self.services))
+
+    def group(self, name: str) -> tuple[Host, ...]:
+        """Hosts of a group, in the inventory's order; empty when nobody is in it."""
+        return tuple(host for host in self.hosts if name in host.groups)
