@@ -2,13 +2,53 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LAB_PACKAGES := systemd-container debootstrap apt-utils gpg gpgv openssh-client e2fsprogs iproute2 curl
+TEST_PACKAGES := openssh-server haproxy shellcheck nginx-light
+ROOT := $(filter 0,$(shell id -u))
 
-setup: $(VENV)/.complete
+.PHONY: help setup debian demo test test-unit test-lab test-slow lint bench clean
 
-$(VENV)/.complete: requirements/dev.txt pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/dev.txt
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
-	touch $@
+help:
+	@echo "make setup      .venv from pinned and hashed requirements; Debian packages when root"
+	@echo "make demo       three bare machines to a served chat completion (KEEP=1 leaves them running)"
+	@echo "make test       unit tests, and lab tests on real machines when root"
+	@echo "make test-slow  the exhaustive tests"
+	@echo "make lint       ruff, mypy, ansible-lint, yamllint, shellcheck"
+	@echo "make bench      what it costs, as ratios"
 
-.PHONY: setup
+setup: $(VENV)/.complete debian
+
+# A virtual environment needs python3-venv, which a bare Debian lacks: install it first when we may.
+$(VENV)/.complete: requirements/dev.txt pyproject.toml | debian
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+debian:
+	@scripts/debian-packages $(if $(ROOT),install,report) python3-venv $(LAB_PACKAGES) $(TEST_PACKAGES)
+
+demo: setup
+	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo $(if $(KEEP),--keep)
+
+test: setup
+	$(BIN)/pytest -m "not slow"
+
+test-unit: setup
+	$(BIN)/pytest -m "not slow and not lab"
+
+test-slow: setup
+	$(BIN)/pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/yamllint --strict .
+	PATH="$(CURDIR)/$(BIN):$$PATH" ANSIBLE_HOME="$(CURDIR)/.ansible" $(BIN)/ansible-lint --offline --profile production
+	shellcheck scripts/* .ci/run
+
+bench: setup
+	$(BIN)/python -m tests.bench
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .ansible

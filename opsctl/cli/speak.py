@@ -72,7 +72,7 @@ class Speaker:
         if yes:
             return
         if not sys.stdin.isatty():
-            raise UsageError("confirm.needs_yes", f"{self.verb} asks before it acts, and there is no terminal to ask on.",
+            raise UsageError("confirm.needs_yes", f"{self.verb} asks before it acts, and there is no terminal.",
                              hint="look at what it printed, then add --yes")
         if not typer.confirm(question, err=True):
             raise KeyboardInterrupt
@@ -114,7 +114,7 @@ def speaking(verb: str, *, as_json: bool = False, debug: bool = False) -> Iterat
         raise typer.Exit(int(ExitCode.INTERRUPTED)) from None
     except typer.Exit:
         raise
-    except Exception as error:  # noqa: BLE001 - the one place that keeps tracebacks from users
+    except Exception as error:  # the one place that keeps tracebacks from users
         if speaker.debug:
             raise
         speaker._error(OpsctlError("unexpected", f"unexpected {type(error).__name__}: {error}",

@@ -1,0 +1,89 @@
+"""``opsctl provision``: bare machines to a fleet that serves; the same command again changes nothing."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from opsctl.cli.speak import AsJson, Debug, Inventory, Limit, Speaker, find_inventory, speaking
+
+SkipUnreachable = Annotated[int, typer.Option("--skip-unreachable", help="Go on without up to N silent hosts.")]
+AskBecome = Annotated[bool, typer.Option("--ask-become-pass", "-K", help="Ask for the sudo password, this once.")]
+BundleOption = Annotated[Path | None, typer.Option("--bundle", help="Bundle folder. Default: bundle/ beside the "
+                                                   "inventory.", show_default=False)]
+
+
+def provision(
+    inventory: Inventory = None,
+    limit: Limit = "",
+    bundle: BundleOption = None,
+    skip_unreachable: SkipUnreachable = 0,
+    ask_become_pass: AskBecome = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Bring every host to what inventory and services.yml say, and first-start instances that never served.
+
+    Checks first and refuses before anything is touched. The same command again reports zero changes.
+
+    [dim]$ opsctl provision inventory.ini[/dim]
+    """
+    with speaking("provision", as_json=as_json, debug=debug) as speaker:
+        from opsctl.engines.events import RunFinished, RunStarted
+        from opsctl.engines.journal import journaled
+        from opsctl.engines.provisioning import Request
+        from opsctl.engines.provisioning import provision as run_provision
+        from opsctl.fleet.inventory import read_fleet
+        from opsctl.fleet.select import select_hosts
+
+        fleet = read_fleet(find_inventory(inventory))
+        hosts = select_hosts(fleet, limit)
+        started = time.monotonic()
+        with (
+            _become_password(speaker, fleet.directory, ask_become_pass) as password_file,
+            journaled(fleet.directory, speaker.emit) as (run, emit),
+        ):
+            emit(RunStarted("provision", run.name, tuple(host.name for host in hosts)))
+            request = Request(fleet, hosts, (bundle or fleet.directory / "bundle").absolute(), skip_unreachable,
+                              password_file)
+            document = run_provision(request, run, emit)
+            emit(RunFinished(0, changed=document["changed"], seconds=time.monotonic() - started))
+        speaker.result(document, summary(document))
+
+
+def summary(document: dict[str, Any]) -> str:
+    """The last lines a person reads: what changed, what serves, what to type next."""
+    changed = document["changed"]
+    lines = ["nothing to do: zero changes" if changed == 0 else f"provisioned: {changed} changes"]
+    for instance in document["instances"]:
+        lines.append(f"  {instance['host']:<10} {instance['instance']:<10} {instance['release'] or '-':<8} "
+                     f"{instance['state']}")
+    if document["skipped"]:
+        lines.append(f"left out, not answering: {', '.join(document['skipped'])}")
+    lines.append("next: opsctl status")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _become_password(speaker: Speaker, directory: Path, wanted: bool) -> Iterator[Path | None]:
+    """The sudo password in a 0600 file for as long as Ansible runs, never in an argument or the environment."""
+    if not wanted:
+        yield None
+        return
+    password = typer.prompt("sudo password", hide_input=True, err=True)
+    (directory / ".opsctl").mkdir(mode=0o700, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix="become-", dir=directory / ".opsctl")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(password + "\n")
+        speaker.say("the password is used for this run; from then on /etc/sudoers.d/opsctl stands in for it")
+        yield Path(name)
+    finally:
+        Path(name).unlink()

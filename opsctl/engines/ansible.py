@@ -1,0 +1,206 @@
+"""Ansible as an engine: ``ansible-playbook`` as a process, its doings as typed events.
+
+``command`` and ``translate`` are pure; ``run_playbook`` is the I/O. Ansible is never imported, and the
+outcome is decided from the events, not from the exit code (4 means unreachable *or* a parser error).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opsctl.engines.child import die_with_parent, stop_group
+from opsctl.engines.events import Emit, Event, PhaseStarted, TaskResult, TaskStarted
+from opsctl.errors import ConfigurationError, OpsctlError
+from opsctl.resources import PACKAGE, resource
+
+LOG_TAIL_LINES = 20
+
+
+@dataclass(frozen=True)
+class Failure:
+    host: str
+    phase: str
+    task: str
+    message: str
+    detail: tuple[str, ...] = ()
+    unreachable: bool = False
+
+
+@dataclass
+class PlaybookOutcome:
+    """What a playbook did. ``stats`` maps host -> ok/changed/failures/unreachable/skipped counts."""
+
+    changed: list[tuple[str, str]] = field(default_factory=list)  # (host, task)
+    failures: list[Failure] = field(default_factory=list)
+    stats: dict[str, dict[str, int]] = field(default_factory=dict)
+    phase: str = ""
+    exit_code: int = 0
+
+
+def ansible_program(name: str) -> str:
+    """The path of one of ansible-core's programs: beside this interpreter first, then on PATH."""
+    beside = Path(sys.executable).parent / name
+    if beside.exists():
+        return str(beside)
+    found = shutil.which(name)
+    if found is None:
+        raise OpsctlError("ansible.missing", f"{name} is neither beside {sys.executable} nor on PATH.",
+                          hint="pip install opsctl brings ansible-core; check the environment opsctl runs in")
+    return found
+
+
+def command(inventory: Path, playbook: Path, *, limit: Sequence[str] = (), become_password_file: Path | None = None,
+            check: bool = False, variables: Mapping[str, str] | None = None) -> list[str]:
+    """The argument vector of one playbook run."""
+    arguments = [ansible_program("ansible-playbook"), "--inventory", str(inventory), str(playbook)]
+    if limit:
+        arguments += ["--limit", ",".join(limit)]
+    if become_password_file:
+        arguments += ["--become-password-file", str(become_password_file)]
+    if check:
+        arguments += ["--check", "--diff"]
+    if variables:
+        arguments += ["--extra-vars", json.dumps(dict(variables), sort_keys=True)]
+    return arguments
+
+
+def environment(base: Mapping[str, str], *, fleet_directory: Path, ssh_config: Path, events_fd: int) -> dict[str, str]:
+    """The environment of ``ansible-playbook``: the fleet's own ansible.cfg, and what opsctl insists on."""
+    kept = {key: value for key, value in base.items() if not key.startswith("ANSIBLE_")}
+    configuration = fleet_directory / "ansible.cfg"
+    return kept | {
+        "ANSIBLE_CONFIG": str(configuration) if configuration.exists() else os.devnull,
+        "ANSIBLE_CALLBACK_PLUGINS": str(PACKAGE / "engines" / "callback"),
+        "ANSIBLE_STDOUT_CALLBACK": "opsctl_events",
+        "ANSIBLE_ROLES_PATH": str(resource("roles")),
+        "ANSIBLE_SSH_ARGS": f"-F {ssh_config}",
+        "ANSIBLE_PIPELINING": "True",
+        "ANSIBLE_FORKS": "32",
+        "ANSIBLE_HOST_KEY_CHECKING": "True",
+        "ANSIBLE_RETRY_FILES_ENABLED": "False",
+        "ANSIBLE_NOCOLOR": "1",
+        "ANSIBLE_PYTHON_INTERPRETER": "/usr/bin/python3",
+        "ANSIBLE_LOCALHOST_WARNING": "False",
+        "OPSCTL_EVENTS_FD": str(events_fd),
+        "LC_ALL": "C.UTF-8",
+    }
+
+
+def translate(raw: Mapping[str, Any], outcome: PlaybookOutcome) -> Iterator[Event]:
+    """One line of the callback's to typed events; ``outcome`` is brought up to date on the way."""
+    kind = raw["event"]
+    host, task = str(raw.get("host", "")), str(raw.get("task", ""))
+    if kind == "play":
+        outcome.phase = str(raw["name"])
+        yield PhaseStarted(outcome.phase)
+    elif kind == "task":
+        yield TaskStarted(task)
+    elif kind == "host_start":
+        yield TaskStarted(task, host)
+    elif kind == "item_ok" and raw["changed"]:
+        yield TaskResult(host, task, "changed", item=str(raw["item"]))
+    elif kind == "item_failed":
+        yield TaskResult(host, task, "failed", _message(raw), _detail(raw), item=str(raw["item"]))
+    elif kind == "ok":
+        if raw["changed"]:
+            outcome.changed.append((host, task))
+        # a loop's items have spoken for themselves
+        yield TaskResult(host, task, "changed" if raw["changed"] and not raw["is_loop"] else "ok")
+    elif kind == "skipped":
+        yield TaskResult(host, task, "skipped")
+    elif kind in ("failed", "unreachable") and not raw.get("ignored", False):
+        failure = Failure(host, outcome.phase, task, _message(raw), _detail(raw), kind == "unreachable")
+        outcome.failures.append(failure)
+        yield TaskResult(host, task, "unreachable" if failure.unreachable else "failed", failure.message,
+                         failure.detail)
+    elif kind == "stats":
+        outcome.stats = {str(name): dict(counts) for name, counts in raw["hosts"].items()}
+
+
+def _message(raw: Mapping[str, Any]) -> str:
+    if "censored" in raw:
+        return "the output is hidden because it may hold a secret"
+    message = raw.get("msg", "")
+    return str(message if isinstance(message, str) else json.dumps(message)).strip().splitlines()[0] if message else ""
+
+
+def _detail(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """The last lines a failed task left, longest-lived source first; never a censored one's."""
+    if "censored" in raw:
+        return ()
+    lines: list[str] = []
+    message = raw.get("msg", "")
+    if isinstance(message, str):
+        lines += message.strip().splitlines()[1:]
+    for key in ("stdout", "stderr", "module_stderr"):
+        value = raw.get(key)
+        if isinstance(value, str):
+            lines += value.strip().splitlines()
+    return tuple(lines[-LOG_TAIL_LINES:])
+
+
+def run_playbook(name: str, *, fleet_directory: Path, inventory: Path, ssh_config: Path, log: Path, emit: Emit,
+                 limit: Sequence[str] = (), become_password_file: Path | None = None,
+                 variables: Mapping[str, str] | None = None) -> PlaybookOutcome:
+    """Runs ``playbooks/<name>.yml`` to its end; everything Ansible says outside its events goes to ``log``.
+
+    Raises:
+        ConfigurationError: Ansible stopped before its first play (the last lines of ``log`` are in the error).
+        KeyboardInterrupt: passed on after Ansible was stopped, within seconds.
+    """
+    playbook = resource("playbooks") / f"{name}.yml"
+    arguments = command(inventory, playbook, limit=limit, become_password_file=become_password_file,
+                        variables=variables)
+    outcome = PlaybookOutcome()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as said, _event_pipe() as (read_fd, write_fd):
+        process = subprocess.Popen(
+            arguments, stdin=subprocess.DEVNULL, stdout=said, stderr=said, pass_fds=(write_fd,),
+            start_new_session=True, preexec_fn=die_with_parent,  # noqa: PLW1509 - one prctl call, no allocation
+            env=environment(os.environ, fleet_directory=fleet_directory, ssh_config=ssh_config, events_fd=write_fd),
+        )
+        os.close(write_fd)
+        try:
+            for event in _events(read_fd, outcome):
+                emit(event)
+            outcome.exit_code = process.wait()
+        except BaseException:
+            stop_group(process, signal.SIGINT)
+            raise
+    if outcome.exit_code and not outcome.stats and not outcome.failures:
+        tail = tuple(log.read_text(errors="replace").strip().splitlines()[-LOG_TAIL_LINES:])
+        raise ConfigurationError("ansible.stopped", f"ansible-playbook stopped with exit code {outcome.exit_code} "
+                                 f"before the first task of {playbook.name}.", hint=f"all it said is in {log}",
+                                 log_tail=tail)
+    return outcome
+
+
+def _events(read_fd: int, outcome: PlaybookOutcome) -> Iterable[Event]:
+    with os.fdopen(read_fd, encoding="utf-8", closefd=False) as stream:
+        for line in stream:
+            yield from translate(json.loads(line), outcome)
+
+
+@contextmanager
+def _event_pipe() -> Iterator[tuple[int, int]]:
+    read_fd, write_fd = os.pipe()
+    try:
+        yield read_fd, write_fd
+    finally:
+        for descriptor in (read_fd, write_fd):
+            try:
+                os.close(descriptor)
+            except OSError:  # the writing end was closed once the child had it
+                continue
+
+

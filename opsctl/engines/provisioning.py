@@ -1,0 +1,138 @@
+"""What ``opsctl provision`` does, in order: look, refuse or go; Ansible; then the first start of what never served.
+
+``judge`` decides the outcome of a playbook (pure); the rest is I/O in the order a person would do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opsctl.bundle.verify import verify_bundle
+from opsctl.engines.ansible import Failure, PlaybookOutcome, run_playbook
+from opsctl.engines.events import Emit, Note, PhaseStarted
+from opsctl.engines.journal import Run
+from opsctl.engines.session import Session, on_each
+from opsctl.errors import MixedError, OpsctlError, RefusedError
+from opsctl.fleet.model import Fleet, Host
+from opsctl.fleet.placements import clashes
+from opsctl.fleet.ssh_config import write_ssh_config
+from opsctl.releases.first_start import bring_up, check_releases
+
+PREFLIGHT_PLAY = "Preflight"
+REACH_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the operator asked for. ``hosts`` are those the limit left; ``skip_unreachable`` counts hosts."""
+
+    fleet: Fleet
+    hosts: tuple[Host, ...]
+    bundle: Path
+    skip_unreachable: int = 0
+    become_password_file: Path | None = None
+
+
+def provision(request: Request, run: Run, emit: Emit) -> dict[str, Any]:
+    """Brings the fleet to what inventory and services.yml say. Zero changes when it is there already.
+
+    Returns a document: ``run``, ``changed`` (a count), ``changes`` (host and task of each), ``hosts`` (Ansible's
+    counts), ``skipped`` (names), ``instances`` (host, instance, release, state).
+
+    Raises:
+        RefusedError: a check said no; nothing was changed.
+        MixedError: some hosts were changed and some failed.
+    """
+    fleet = request.fleet
+    emit(PhaseStarted("Check the fleet and the bundle"))
+    clashes(fleet)
+    ssh_config = write_ssh_config(fleet)
+    if fleet.package_source == "gateway":
+        verify_bundle(request.bundle, fleet.directory / "trust" / "bundle.asc")
+    reached, skipped = _reach(request, emit)
+    check_releases(fleet, emit)
+    outcome = run_playbook(
+        "site", fleet_directory=fleet.directory, inventory=fleet.inventory, ssh_config=ssh_config,
+        log=run.directory / "ansible.log", emit=emit, limit=limit_of(fleet, reached),
+        become_password_file=request.become_password_file, variables={"opsctl_bundle": str(request.bundle)},
+    )
+    judge(outcome)
+    served = bring_up(fleet, emit, hosts=reached)
+    return {
+        "run": run.name,
+        "changed": len(outcome.changed) + served["changed"],
+        "changes": [{"host": host, "task": task} for host, task in outcome.changed],
+        "hosts": outcome.stats,
+        "skipped": [host.name for host in skipped],
+        "instances": served["instances"],
+    }
+
+
+def limit_of(fleet: Fleet, hosts: Sequence[Host]) -> tuple[str, ...]:
+    """Ansible's ``--limit`` for these hosts: empty when they are all of the fleet."""
+    return () if len(hosts) == len(fleet.hosts) else tuple(host.name for host in hosts)
+
+
+def judge(outcome: PlaybookOutcome) -> None:
+    """Says nothing when every host is well.
+
+    Raises:
+        RefusedError: the preflight failed, so nothing was changed.
+        MixedError: a task failed after the preflight.
+    """
+    if not outcome.failures:
+        return
+    first = outcome.failures[0]
+    others = sorted({failure.host for failure in outcome.failures[1:]} - {first.host})
+    also = f" (also on {', '.join(others)})" if others else ""
+    sentence = f"{first.host}: {first.task.rstrip('.')}: {_reason(first)}{also}"
+    if first.phase == PREFLIGHT_PLAY and not outcome.changed:
+        raise RefusedError("provision.preflight", sentence, hint="nothing was changed; mend it and run the same again",
+                           log_tail=first.detail)
+    raise MixedError("provision.failed", sentence,
+                     hint="what was done stays done: mend the cause and run the same command again",
+                     log_tail=first.detail)
+
+
+def _reason(failure: Failure) -> str:
+    if failure.unreachable:
+        return f"the host stopped answering ({failure.message})" if failure.message else "the host stopped answering"
+    return failure.message or "failed"
+
+
+def _reach(request: Request, emit: Emit) -> tuple[tuple[Host, ...], tuple[Host, ...]]:
+    """Hosts that answer over SSH and hosts left out; refuses when more are silent than were allowed to be.
+
+    Raises:
+        RefusedError: unreachable hosts, a foreign host key, no way to become root: the first host's own error.
+    """
+
+    def knock(session: Session) -> None:
+        session.run(["true"], sudo=request.become_password_file is None, timeout_s=REACH_TIMEOUT_S)
+
+    answers = on_each(request.fleet, request.hosts, knock)
+    silent = {name: answer for name, answer in answers.items() if isinstance(answer, OpsctlError)}
+    for error in silent.values():
+        if error.code != "host.unreachable":
+            raise error
+    if len(silent) > request.skip_unreachable:
+        raise unreachable(silent)
+    for name, error in silent.items():
+        emit(Note(f"left out: {error.message}", "warning", name))
+    return (tuple(host for host in request.hosts if host.name not in silent),
+            tuple(host for host in request.hosts if host.name in silent))
+
+
+def unreachable(silent: dict[str, OpsctlError]) -> RefusedError:
+    """One refusal for hosts that do not answer, naming the ways on."""
+    names = sorted(silent)
+    return RefusedError(
+        "host.unreachable", f"{', '.join(names)} {'does' if len(names) == 1 else 'do'} not answer over SSH; "
+        "nothing was changed.",
+        hint=f"leave out: --limit '!{names[0]}' or --skip-unreachable {len(names)}; "
+        f"look: ssh -F .opsctl/ssh_config {names[0]}",
+        log_tail=tuple(error.message for error in silent.values()),
+    )
