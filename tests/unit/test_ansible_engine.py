@@ -1,0 +1,161 @@
+"""Ansible as a process: what it does becomes typed events, and the outcome is decided from them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from opsctl.engines import ansible
+from opsctl.engines.events import Event, PhaseStarted, TaskResult
+from opsctl.engines.provisioning import judge
+from opsctl.errors import ConfigurationError, MixedError, RefusedError
+
+
+def run(tmp_path: Path, tasks: str, *, host_line: str = "here ansible_connection=local",
+        events: list[Event] | None = None) -> ansible.PlaybookOutcome:
+    (tmp_path / "inventory.ini").write_text(host_line + "\n")
+    playbook = tmp_path / "play.yml"
+    playbook.write_text("- name: Preflight\n  hosts: all\n  gather_facts: false\n  tasks:\n"
+                        + textwrap.indent(textwrap.dedent(tasks), "    "))
+    heard: list[Event] = [] if events is None else events
+    return ansible.run_playbook(playbook, fleet_directory=tmp_path, inventory=tmp_path / "inventory.ini",
+                                ssh_config=Path(os.devnull), log=tmp_path / "ansible.log", emit=heard.append)
+
+
+def test_a_run_speaks_in_events(tmp_path: Path) -> None:
+    heard: list[Event] = []
+    outcome = run(tmp_path, f"""
+        - name: Write a file.
+          ansible.builtin.copy: {{dest: {tmp_path}/out, content: x, mode: "0600"}}
+        - name: Touch two.
+          ansible.builtin.file: {{path: "{tmp_path}/{{{{ item }}}}", state: directory, mode: "0700"}}
+          loop: [one, two]
+        - name: Look.
+          ansible.builtin.stat: {{path: /}}
+    """, events=heard)
+    assert outcome.changed == [("here", "Write a file."), ("here", "Touch two.")]
+    assert outcome.failures == []
+    assert PhaseStarted("Preflight") in heard
+    told = [(event.task, event.item) for event in heard if isinstance(event, TaskResult) and event.status == "changed"]
+    assert told == [("Write a file.", ""), ("Touch two.", "one"), ("Touch two.", "two")]
+    again = run(tmp_path, f"""
+        - name: Write a file.
+          ansible.builtin.copy: {{dest: {tmp_path}/out, content: x, mode: "0600"}}
+    """)
+    assert again.changed == []
+
+
+def test_a_failing_task_brings_its_last_lines(tmp_path: Path) -> None:
+    outcome = run(tmp_path, """
+        - name: Try.
+          ansible.builtin.command: {argv: [python3, -c, "print('out'); raise SystemExit('the disk is full')"]}
+    """)
+    (failure,) = outcome.failures
+    assert failure.host == "here"
+    assert failure.task == "Try."
+    assert "the disk is full" in failure.detail
+    assert not failure.unreachable
+
+
+def test_a_secret_is_never_in_the_events(tmp_path: Path) -> None:
+    heard: list[Event] = []
+    outcome = run(tmp_path, """
+        - name: Use the token.
+          ansible.builtin.command: {argv: [python3, -c, "raise SystemExit('s3cret')"]}
+          no_log: true
+    """, events=heard)
+    assert outcome.failures[0].message == "the output is hidden because it may hold a secret"
+    assert "s3cret" not in repr(heard)
+
+
+def test_an_unreachable_host_is_told_apart(tmp_path: Path) -> None:
+    outcome = run(tmp_path, "- ansible.builtin.ping:\n",
+                  host_line="away ansible_host=127.0.0.1 ansible_port=9 ansible_ssh_common_args='-o BatchMode=yes'")
+    (failure,) = outcome.failures
+    assert failure.unreachable
+    assert "Connection refused" in failure.message
+
+
+@pytest.mark.parametrize("tasks", ["- ansible.builtin.no_such_module: {}\n", "- {broken: [}\n"])
+def test_a_playbook_that_cannot_start_is_one_sentence_and_a_log(tmp_path: Path, tasks: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        run(tmp_path, tasks)
+    assert caught.value.code == "ansible.stopped"
+    assert caught.value.log_tail
+    assert str(tmp_path / "ansible.log") in caught.value.hint
+
+
+def failure(phase: str, host: str = "gpu-1") -> ansible.Failure:
+    return ansible.Failure(host, phase, "Check the disk.", "2 GB free, 8 GB wanted", ("a line",))
+
+
+@pytest.mark.parametrize(("failures", "changed", "expected"), [
+    ([], [], None),
+    ([], [("gpu-1", "x")], None),
+    ([failure("Preflight")], [], RefusedError),
+    ([failure("Inference"), failure("Inference", "gpu-2")], [("gpu-1", "x")], MixedError),
+    ([failure("Agent")], [], MixedError),
+])
+def test_the_outcome_decides_the_exit_code(failures: list[ansible.Failure], changed: list[tuple[str, str]],
+                                           expected: type[Exception] | None) -> None:
+    outcome = ansible.PlaybookOutcome(changed=changed, failures=failures)
+    if expected is None:
+        judge(outcome)
+        return
+    with pytest.raises(expected, match="gpu-1: Check the disk: 2 GB free, 8 GB wanted"):
+        judge(outcome)
+
+
+def test_opsctl_is_not_imported_by_the_gpl_callback_nor_ansible_by_opsctl() -> None:
+    package = Path(ansible.__file__).parent.parent
+    for file in package.rglob("*.py"):
+        text = file.read_text()
+        if file.parent.name == "callback":
+            assert "GPL-3.0-or-later" in text
+            assert "import opsctl" not in text
+            assert "from opsctl" not in text
+        else:
+            assert "\nimport ansible" not in text, file
+            assert "\nfrom ansible" not in text, file
+
+
+def test_ansible_dies_with_the_controller(tmp_path: Path) -> None:
+    """A controller killed with SIGKILL leaves no ansible-playbook behind."""
+    (tmp_path / "inventory.ini").write_text("here ansible_connection=local\n")
+    (tmp_path / "play.yml").write_text(textwrap.dedent(f"""
+        - name: Long
+          hosts: all
+          gather_facts: false
+          tasks:
+            - name: Say who runs this.
+              ansible.builtin.copy: {{dest: {tmp_path}/started, content: x, mode: "0600"}}
+            - name: Wait.
+              ansible.builtin.wait_for: {{timeout: 60}}
+    """))
+    controller = subprocess.Popen([sys.executable, "-c", textwrap.dedent(f"""
+        from pathlib import Path
+        from opsctl.engines import ansible
+        here = Path({str(tmp_path)!r})
+        ansible.run_playbook(here / "play.yml", fleet_directory=here, inventory=here / "inventory.ini",
+                             ssh_config=Path("/dev/null"), log=here / "log",
+                             emit=lambda event: print(type(event).__name__, getattr(event, "task", ""), flush=True))
+    """)], stdout=subprocess.PIPE, text=True)
+    assert controller.stdout is not None
+    for line in controller.stdout:
+        if "Wait." in line:
+            break
+    children = Path(f"/proc/{controller.pid}/task/{controller.pid}/children").read_text().split()
+    assert children
+    watched = [os.pidfd_open(int(child)) for child in children]
+    controller.send_signal(signal.SIGKILL)
+    controller.wait()
+    import select
+    for descriptor in watched:
+        assert select.select([descriptor], [], [], 20)[0], "ansible-playbook outlived its controller"
+        os.close(descriptor)
