@@ -72,7 +72,7 @@ class PlainView(View):
         self._last_progress: dict[str, float] = {}
 
     def _line(self, text: str, style: str = "") -> None:
-        self._console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False, style=style or None)
+        self._console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False, highlight=False, style=style or None)
 
     def show(self, event: Event) -> None:
         match event:
@@ -87,7 +87,7 @@ class PlainView(View):
                 message = f": {event.message}" if event.message else ""
                 self._line(f"{event.host:<10} {event.status:<11} {event.task}{about}{message}", STYLE[event.status])
                 for line in event.detail[-LOG_CONTEXT_LINES:]:
-                    self._console.print(f"           | {line}", markup=False, style="dim")
+                    self._console.print(f"           | {line}", markup=False, highlight=False, style="dim")
             case Progress():
                 key = event.host + event.subject
                 now = time.monotonic()

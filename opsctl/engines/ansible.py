@@ -149,16 +149,15 @@ def _detail(raw: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(lines[-LOG_TAIL_LINES:])
 
 
-def run_playbook(name: str, *, fleet_directory: Path, inventory: Path, ssh_config: Path, log: Path, emit: Emit,
+def run_playbook(playbook: Path, *, fleet_directory: Path, inventory: Path, ssh_config: Path, log: Path, emit: Emit,
                  limit: Sequence[str] = (), become_password_file: Path | None = None,
                  variables: Mapping[str, str] | None = None) -> PlaybookOutcome:
-    """Runs ``playbooks/<name>.yml`` to its end; everything Ansible says outside its events goes to ``log``.
+    """Runs a playbook to its end; everything Ansible says outside its events goes to ``log``.
 
     Raises:
         ConfigurationError: Ansible stopped before its first play (the last lines of ``log`` are in the error).
         KeyboardInterrupt: passed on after Ansible was stopped, within seconds.
     """
-    playbook = resource("playbooks") / f"{name}.yml"
     arguments = command(inventory, playbook, limit=limit, become_password_file=become_password_file,
                         variables=variables)
     outcome = PlaybookOutcome()

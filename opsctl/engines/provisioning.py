@@ -20,6 +20,7 @@ from opsctl.fleet.model import Fleet, Host
 from opsctl.fleet.placements import clashes
 from opsctl.fleet.ssh_config import write_ssh_config
 from opsctl.releases.first_start import bring_up, check_releases
+from opsctl.resources import resource
 
 PREFLIGHT_PLAY = "Preflight"
 REACH_TIMEOUT_S = 20.0
@@ -55,7 +56,7 @@ def provision(request: Request, run: Run, emit: Emit) -> dict[str, Any]:
     reached, skipped = _reach(request, emit)
     check_releases(fleet, emit)
     outcome = run_playbook(
-        "site", fleet_directory=fleet.directory, inventory=fleet.inventory, ssh_config=ssh_config,
+        resource("playbooks") / "site.yml", fleet_directory=fleet.directory, inventory=fleet.inventory, ssh_config=ssh_config,
         log=run.directory / "ansible.log", emit=emit, limit=limit_of(fleet, reached),
         become_password_file=request.become_password_file, variables={"opsctl_bundle": str(request.bundle)},
     )
