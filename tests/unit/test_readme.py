@@ -1,0 +1,28 @@
+"""The README tells the truth that the code can check."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from opsctl.errors import ExitCode
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_exit_code_is_in_the_table() -> None:
+    table = {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.MULTILINE)}
+    assert table == {int(code) for code in ExitCode}
+
+
+def test_every_link_to_a_file_leads_somewhere() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_every_make_target_the_readme_names_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"make ([a-z-]+)", README)) - {"installs"}:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
