@@ -13,6 +13,10 @@ GROUPS = ("gpu", "lb", "monitor", "gateway")
 
 AGENT_CHECK_PORT = 9777
 BUNDLE_PORT = 8480
+EXPORTER_PORT = 9400
+PROMETHEUS_PORT = 9090
+ALERTMANAGER_PORT = 9093
+GRAFANA_PORT = 3000
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,11 @@ class Host:
     connection: Literal["ssh", "local"] = "ssh"
     user: str = ""  # empty: ssh's own default
     port: int = 22
-    identity_file: str = ""
-    proxy_jump: str = ""
-    service_address: str = ""
-    management_address: str = ""
+    identity_file: str = ""  # absolute; empty: ssh's own defaults and the agent
+    proxy_jump: str = ""  # as ssh writes it: an inventory name or user@host:port, several with commas
+    ssh_options: tuple[tuple[str, str], ...] = ()  # from ansible_ssh_common_args: ("Compression", "yes")
+    service_address: str = ""  # engines, load balancer, bundle
+    management_address: str = ""  # agent and exporters
     variables: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -70,6 +75,19 @@ class Fleet:
     package_source: Literal["gateway", "upstream"] = "gateway"
     load_balancer: Literal["haproxy", "hook", "none"] = "haproxy"
 
+    @property
+    def services_file(self) -> Path:
+        return self.directory / "services.yml"
+
+    @property
+    def known_hosts(self) -> Path:
+        """The pinned host keys: the only ones that any engine believes."""
+        return self.directory / "known_hosts"
+
+    @property
+    def ssh_config(self) -> Path:
+        return self.directory / ".opsctl" / "ssh_config"
+
     def host(self, name: str) -> Host:
         for host in self.hosts:
             if host.name == name:
@@ -81,7 +99,7 @@ class Fleet:
         for service in self.services:
             if service.name == name:
                 return service
-        raise UsageError("fleet.no_such_service", f"{self.directory / 'services.yml'}: there is no service {name}.",
+        raise UsageError("fleet.no_such_service", f"{self.services_file}: there is no service {name}.",
                          hint="services: " + ", ".join(service.name for service in self.services))
 
     def group(self, name: str) -> tuple[Host, ...]:
