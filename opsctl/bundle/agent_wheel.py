@@ -1,7 +1,7 @@
 """The wheel that hosts run: opsctl-host, opsctl-launch and the agent, built from the installed sources.
 
-It holds ``opsctl/__init__.py``, ``opsctl/agent`` and ``opsctl/serving`` and needs nothing but Python's standard
-library. The same content gives the same file, byte for byte; its version carries the content's digest, so a host that
+It holds ``opsctl/__init__.py``, ``errors.py``, ``opsctl/agent`` and ``opsctl/serving`` and needs nothing but Python's
+standard library. The same content gives the same file, byte for byte; its version carries the content's digest, so a host that
 has this version has this content.
 """
 
@@ -21,7 +21,7 @@ from opsctl.resources import PACKAGE
 
 NAME = "opsctl-agent"
 PROJECT = "agent/pyproject.toml"
-PARTS = ("__init__.py", "agent", "serving")
+PARTS = ("__init__.py", "errors.py", "agent", "serving")
 VERSION_VARIABLE = "OPSCTL_AGENT_VERSION"
 SOURCE_DATE_EPOCH = "1735689600"  # 2025-01-01: any fixed date after 1980, the first that a zip archive knows
 
