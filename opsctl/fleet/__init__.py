@@ -1,1 +1,6 @@
-"""Inventory to Fleet: ``model.py`` first, then ``inventory.py`` (the only reader) and the pure ``placements.py``."""
+"""The fleet: inventory and services.yml to one frozen model, and everything computed from it. Open ``inventory.py`` first.
+
+``inventory`` orders the reading, ``ansible_inventory`` runs ansible-inventory, ``hosts``, ``groups``, ``versions`` and
+``services`` check what came; ``placements`` computes ports and server lists; ``ssh_config`` and ``trust`` say how to log
+in and whom to believe; ``project`` makes a fleet's directory.
+"""
