@@ -1,8 +1,8 @@
 """The wheel that hosts run: opsctl-host, opsctl-launch and the agent, built from the installed sources.
 
 It holds ``opsctl/__init__.py``, ``errors.py``, ``opsctl/agent`` and ``opsctl/serving`` and needs nothing but Python's
-standard library. The same content gives the same file, byte for byte; its version carries the content's digest, so a host that
-has this version has this content.
+standard library. The same content gives the same file, byte for byte; its version carries the content's digest, so a
+host that has this version has this content.
 """
 
 from __future__ import annotations
