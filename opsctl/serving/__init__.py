@@ -26,5 +26,5 @@ def adapter(engine: str) -> Adapter:
     known = adapters()
     if engine not in known:
         raise ConfigurationError("engine.unknown", f"there is no inference engine {engine} in this version of opsctl.",
-                                 hint=f"engines: {', '.join(sorted(known))}; a newer agent may know it: opsctl provision")
+                                 hint=f"engines: {', '.join(sorted(known))}; a newer agent: opsctl provision")
     return known[engine]

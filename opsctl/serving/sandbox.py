@@ -11,7 +11,7 @@ Rule = Mapping[str, Any]
 
 
 def rules() -> list[Rule]:
-    """``option``, ``reason``, ``source`` and one of ``unless`` (allowed values) and ``unless_contains`` (needed words)."""
+    """``option``, ``reason``, ``source`` and ``unless`` (allowed values) or ``unless_contains`` (needed words)."""
     document = json.loads((Path(__file__).parent / "sandbox.json").read_text(encoding="utf-8"))
     forbidden: list[Rule] = document["forbidden"]
     return forbidden

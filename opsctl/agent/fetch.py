@@ -1,0 +1,149 @@
+"""Fetches one file over HTTP(S): resumes by range, checks size and sha256, retries while it gets on, fsyncs."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from opsctl.errors import OpsctlError, RefusedError
+
+CHUNK = 1 << 20
+TIMEOUT_S = 30.0  # without a single byte
+ATTEMPTS = 5  # in a row without progress
+PAUSES_S = (0.2, 1.0, 3.0, 5.0)
+PARTIAL = ".part"
+
+Advance = Callable[[int], None]  # bytes more than before; negative when a partial file had to be thrown away
+Opener = Callable[[urllib.request.Request], Any]
+
+
+def fetch(url: str, path: Path, *, size: int | None, sha256: str, advance: Advance,
+          pause: Callable[[float], None] = time.sleep, open_url: Opener | None = None) -> str:
+    """Brings ``url`` to ``path``; returns the sha256 of what came. What an earlier try left in ``path.part`` is kept.
+
+    ``size`` in bytes, None when unknown; ``sha256`` empty when unknown.
+
+    Raises:
+        RefusedError: the content is not what it should be (``fetch.corrupted``).
+        OpsctlError: the source cannot be reached or gives up again and again (``fetch.failed``).
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    without_progress = 0
+    while True:
+        before = partial.stat().st_size if partial.exists() else 0
+        try:
+            digest = _attempt(url, partial, size, advance, open_url or _open)
+            break
+        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code in (400, 401, 403, 404, 410):
+                raise _failed(url, error) from None
+            if isinstance(error, OSError) and error.errno is not None and not _of_network(error):
+                raise _failed(url, error) from None
+            after = partial.stat().st_size if partial.exists() else 0
+            without_progress = 0 if after > before else without_progress + 1
+            if without_progress >= ATTEMPTS:
+                raise _failed(url, error) from None
+            pause(PAUSES_S[min(without_progress, len(PAUSES_S) - 1)])
+    if sha256 and digest != sha256:
+        advance(-partial.stat().st_size)
+        partial.unlink()
+        raise RefusedError("fetch.corrupted", f"{url} is corrupted: its sha256 is {digest}, signed was {sha256}.",
+                           hint="the copy at the source changed after signing: remove it there and publish again")
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return digest
+
+
+def sha256_of(path: Path, advance: Advance | None = None) -> str:
+    """The sha256 of a file, in lower-case hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        _hash(file, digest, advance)
+    return digest.hexdigest()
+
+
+def _hash(file: IO[bytes], digest: Any, advance: Advance | None) -> None:
+    buffer = bytearray(CHUNK)
+    view = memoryview(buffer)
+    while count := file.readinto(buffer):  # type: ignore[attr-defined]
+        digest.update(view[:count])
+        if advance is not None:
+            advance(count)
+
+
+def _attempt(url: str, partial: Path, size: int | None, advance: Advance, open_url: Opener) -> str:
+    """Appends what is missing to ``partial``; returns the sha256 of all of it."""
+    digest = hashlib.sha256()
+    have = partial.stat().st_size if partial.exists() else 0
+    if size is not None and have > size:
+        partial.unlink()
+        have = 0
+    if have:
+        with partial.open("rb") as file:
+            _hash(file, digest, None)
+        if size is not None and have == size:
+            return digest.hexdigest()
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310 - by caller
+    try:
+        response = open_url(request)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # range not satisfiable: what we have is not a beginning of what is there
+            raise
+        partial.unlink()
+        advance(-have)
+        raise http.client.HTTPException("the source has fewer bytes than were there before") from None
+    with response:
+        resumed = have and response.status == 206 and _starts_at(response.headers.get("Content-Range", ""), have)
+        if have and not resumed:  # a server without ranges sends all of it again
+            advance(-have)
+            digest = hashlib.sha256()
+        with partial.open("ab" if resumed else "wb") as file:
+            total = _append(response, file, digest, have if resumed else 0, size, advance)
+    if size is None:
+        expected = response.headers.get("Content-Length")
+        size = int(expected) + (have if resumed else 0) if expected else total
+    if total != size:
+        raise http.client.IncompleteRead(b"", size - total)
+    return digest.hexdigest()
+
+
+def _append(response: Any, file: IO[bytes], digest: Any, total: int, size: int | None, advance: Advance) -> int:
+    while chunk := response.read(CHUNK):
+        total += len(chunk)
+        if size is not None and total > size:
+            file.close()
+            advance(-(total - len(chunk)))
+            Path(file.name).unlink()
+            raise RefusedError("fetch.corrupted", f"{response.url} is longer than the {size} bytes that were signed.",
+                               hint="the copy at the source changed after signing: remove it there and publish again")
+        file.write(chunk)
+        digest.update(chunk)
+        advance(len(chunk))
+    return total
+
+
+def _starts_at(content_range: str, offset: int) -> bool:
+    return content_range.replace(" ", "").startswith(f"bytes{offset}-")
+
+
+def _open(request: urllib.request.Request) -> Any:
+    return urllib.request.urlopen(request, timeout=TIMEOUT_S)  # noqa: S310 - callers allow http, https and file only
+
+
+def _of_network(error: OSError) -> bool:
+    """Whether trying again could help: not for a full disk or a missing folder."""
+    return isinstance(error, (ConnectionError, TimeoutError)) or isinstance(error, urllib.error.URLError)
+
+
+def _failed(url: str, error: Exception) -> OpsctlError:
+    reason = getattr(error, "reason", None) or error
+    return OpsctlError("fetch.failed", f"{url} could not be fetched: {reason}.",
+                       hint="is the source up? the same command again goes on where this one stopped")

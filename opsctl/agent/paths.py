@@ -1,0 +1,67 @@
+"""Where everything lies on a host. ``root`` is ``/`` but in tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The host's folders, as the design lists them."""
+
+    root: Path = Path("/")
+
+    @property
+    def settings(self) -> Path:
+        return self.root / "etc/opsctl/agent.toml"
+
+    @property
+    def placements(self) -> Path:
+        return self.root / "etc/opsctl/instances"
+
+    @property
+    def allowed_signers(self) -> Path:
+        return self.root / "etc/opsctl/trust/allowed_signers"
+
+    @property
+    def engines(self) -> Path:
+        return self.root / "opt/opsctl/engines"
+
+    @property
+    def services(self) -> Path:
+        return self.root / "srv/opsctl"
+
+    def releases(self, service: str) -> Path:
+        return self.services / service / "releases"
+
+    def current(self, service: str, index: int) -> Path:
+        """The symlink that says which release an instance serves; the one thing a cutover changes."""
+        return self.services / service / f"current.{index}"
+
+    @property
+    def state(self) -> Path:
+        return self.root / "var/lib/opsctl"
+
+    def undo(self, instance: str) -> Path:
+        """Written before a first start acts, gone when the instance is healthy."""
+        return self.state / "undo" / f"first-start-{instance}.json"
+
+    def drains(self, instance: str) -> Path:
+        return self.state / "drains" / instance
+
+    def draining(self, instance: str) -> Path:
+        """Written by an engine that got SIGTERM; the folder is the unit's RuntimeDirectory."""
+        return self.root / "run/opsctl/instances" / instance / "draining"
+
+    @property
+    def jobs(self) -> Path:
+        return self.root / "run/opsctl/jobs"
+
+    @property
+    def gateway_releases(self) -> Path:
+        return self.root / "srv/opsctl-gateway/releases"
+
+    @property
+    def ledgers(self) -> Path:
+        return self.root / "srv/opsctl-gateway/ledger"
