@@ -1,0 +1,95 @@
+"""The filter ``opsctl_fleet``: what the playbooks need to know of the fleet, computed where opsctl computes it.
+
+    groups | opsctl_fleet(hostvars, lookup('file', inventory_dir ~ '/services.yml'), inventory_dir)
+
+Nothing is decided here, and nothing of Ansible is imported: its lazy, tagged values become plain ones on the way in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from opsctl.fleet.inventory import fleet_from_ansible, is_read
+from opsctl.fleet.model import AGENT_CHECK_PORT, BUNDLE_PORT
+from opsctl.fleet.placements import backends, gateway, gateway_url, place
+
+DOCUMENTATION = r"""
+name: opsctl_fleet
+author: opsctl
+short_description: Placements, server lists and addresses of an opsctl fleet
+description:
+  - Computes from the inventory's groups and variables and the text of services.yml what each host has to serve.
+positional: _input, hostvars, services_text, inventory_dir
+options:
+  _input:
+    description: The variable C(groups).
+    type: dict
+    required: true
+  hostvars:
+    description: The variable C(hostvars).
+    type: dict
+    required: true
+  services_text:
+    description: The text of services.yml.
+    type: str
+    required: true
+  inventory_dir:
+    description: Where inventory and services.yml lie.
+    type: path
+    required: true
+"""
+
+RETURN = r"""
+_value:
+  description: >-
+    placements (a list for each host), backends (one for each service), gateway_url, gateway_host, bundle_port,
+    agent_check_port, package_source, load_balancer, host_addresses.
+  type: dict
+"""
+
+
+def opsctl_fleet(groups: Mapping[str, Any], hostvars: Mapping[str, Any], services_text: str, inventory_dir: str
+                 ) -> dict[str, Any]:
+    """Plain data for roles and templates; an error of the fleet's is the task's error, in one sentence."""
+    directory = Path(plain(inventory_dir))
+    variables = {plain(host): {plain(key): plain(hostvars[host][key]) for key in hostvars[host] if is_read(key)}
+                 for host in groups["all"]}
+    fleet = fleet_from_ansible(variables, plain(groups), plain(services_text), directory, directory / "inventory.ini")
+    placements = place(fleet)
+    return {
+        "placements": {host.name: [dataclasses.asdict(placement) | {"gpus": list(placement.gpus)}
+                                   for placement in placements if placement.host == host.name] for host in fleet.hosts},
+        "backends": backends(fleet),
+        "gateway_url": gateway_url(fleet),
+        "gateway_host": gateway(fleet).name,
+        "bundle_port": BUNDLE_PORT,
+        "agent_check_port": AGENT_CHECK_PORT,
+        "package_source": fleet.package_source,
+        "load_balancer": fleet.load_balancer,
+        "host_addresses": {host.name: {"service_address": host.service_address,
+                                       "management_address": host.management_address} for host in fleet.hosts},
+    }
+
+
+def plain(value: Any) -> Any:
+    """Ansible's tagged text, numbers and lazy containers as Python's own types."""
+    if isinstance(value, Mapping):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(item) for item in value]
+    if isinstance(value, bool) or value is None:
+        return value
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return "".join(value) if kind is str else kind(value)
+    return str(value)
+
+
+class FilterModule:
+    """What Ansible looks for in this file."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        return {"opsctl_fleet": opsctl_fleet}
