@@ -1,0 +1,203 @@
+"""The fleet directory of a lab: what an operator of these machines would have, and its removal.
+
+``.opsctl/lab.json`` keeps what the lab wrote, so that ``down`` takes that away and nothing a person made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from opsctl.errors import RefusedError
+from opsctl.files import write_durably
+from opsctl.fleet.project import initialise
+from opsctl.fleet.ssh_config import private_directory
+from opsctl.lab.commands import run
+from opsctl.lab.state import Lab, Machine
+
+LOGIN_KEY = "keys/login"
+RECEIPT = ".opsctl/lab.json"
+# Made by opsctl in the course of work; in a directory that the lab created they go with it.
+WORK = (".opsctl", "bundle", "keys", "trust", "__pycache__")
+
+SERVICES = """\
+# services.yml of a lab: one service, one instance a host, on the CPU.
+chat:
+  group: gpu
+  port: 8100
+  listen: 8000
+  instances_per_host: 1
+  gpus_per_instance: 0
+  min_serving: 1
+  first_release: v1
+"""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a lab wrote into a fleet directory: relative path -> sha256. ``created``: the directory itself too."""
+
+    lab: str
+    created: bool
+    files: dict[str, str]
+
+
+def login_name(index: int) -> str:
+    """Who logs in to gpu-INDEX: root, but an operator with sudo on the second and third, as on fleets in the wild."""
+    return "operator" if index in (2, 3) else "root"
+
+
+def jump_of(index: int) -> str:
+    """The third is behind ops-1."""
+    return "ops-1" if index == 3 else ""
+
+
+def inventory(lab: Lab) -> str:
+    """inventory.ini of the lab's machines."""
+    lines = [f"# The machines of the lab {lab.name}; written by opsctl lab up.", ""]
+    seen: set[str] = set()
+    for group in dict.fromkeys(group for machine in lab.machines for group in machine.groups):
+        lines.append(f"[{group}]")
+        for machine in lab.machines:
+            if group in machine.groups:
+                lines.append(machine.name if machine.name in seen else _host_line(machine))
+                seen.add(machine.name)
+        lines.append("")
+    return "\n".join([*lines, "[all:vars]", f"ansible_ssh_private_key_file={LOGIN_KEY}",
+                      "ansible_python_interpreter=/usr/bin/python3", ""])
+
+
+def _host_line(machine: Machine) -> str:
+    words = [machine.name, f"ansible_host={machine.address}", f"ansible_user={machine.user}"]
+    if machine.proxy_jump:
+        words.append(f"proxy_jump={machine.proxy_jump}")
+    return " ".join(words)
+
+
+def known_hosts(keys: Iterable[tuple[Machine, str]]) -> str:
+    """known_hosts lines from (machine, public host key line)."""
+    return "".join(f"{machine.name},{machine.address} {' '.join(key.split()[:2])}\n" for machine, key in keys)
+
+
+def read_receipt(fleet: Path) -> Receipt | None:
+    try:
+        document = json.loads((fleet / RECEIPT).read_text())
+    except FileNotFoundError:
+        return None
+    return Receipt(**document)
+
+
+def check_free(fleet: Path, lab: str, others: Iterable[Lab]) -> None:
+    """Raises:
+        RefusedError: the directory is a fleet that is not this lab's.
+    """
+    for other in others:
+        if other.name != lab and other.fleet == fleet:
+            raise RefusedError("lab.fleet_taken", f"{fleet} is the fleet directory of the lab {other.name}.",
+                               hint="choose another one with --fleet")
+    if read_receipt(fleet) is None and (fleet / "inventory.ini").exists():
+        raise RefusedError("lab.fleet_taken", f"{fleet} holds an inventory.ini that no lab wrote.",
+                           hint="choose another directory with --fleet, or work in an empty one")
+
+
+def write_fleet(lab: Lab) -> str:
+    """Writes inventory, services, keys and trust of a lab; returns the public key that logs in.
+
+    What a person changed in an earlier lab's directory is kept, but for the inventory: its addresses are gone. That one
+    is kept as ``inventory.ini.old``.
+    """
+    fleet = lab.fleet
+    receipt = read_receipt(fleet)
+    if receipt is None:
+        receipt = Receipt(lab.name, created=not fleet.exists(), files={})
+        fleet.mkdir(parents=True, exist_ok=True)
+        _save_receipt(fleet, receipt)  # before anything else: whoever dies here is still cleaned up after
+    before = _files(fleet)
+    own = fleet / "inventory.ini"
+    text = inventory(lab)
+    if own.exists() and own.read_text() != text:
+        if not _unchanged(fleet, "inventory.ini", receipt):
+            own.rename(own.with_name("inventory.ini.old"))
+        write_durably(own, text)
+    initialise(fleet, inventory_text=text, services_text=SERVICES)
+    key = fleet / LOGIN_KEY
+    if not key.exists():
+        key.parent.mkdir(mode=0o700, exist_ok=True)
+        run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"opsctl-lab-{lab.name}", "-f", key])
+    _write_receipt(lab, receipt, [path for path in _files(fleet) if path not in before] + ["inventory.ini"])
+    return key.with_name(key.name + ".pub").read_text()
+
+
+def pin_host_keys(lab: Lab, keys: Iterable[tuple[Machine, str]]) -> None:
+    """Writes known_hosts: the lab made the keys, so there is nothing to ask the network."""
+    write_durably(lab.fleet / "known_hosts", known_hosts(keys))
+    receipt = read_receipt(lab.fleet)
+    assert receipt is not None  # noqa: S101 - write_fleet came before
+    _write_receipt(lab, receipt, ["known_hosts"])
+    _give_to_caller(lab.fleet)
+
+
+def note_written(path: Path) -> None:
+    """Adds a file to the receipt of the lab's fleet directory that it lies in, if it lies in one."""
+    receipt = read_receipt(path.parent)
+    if receipt is not None:
+        files = {**receipt.files, path.name: _digest(path)}
+        _save_receipt(path.parent, Receipt(receipt.lab, receipt.created, files))
+
+
+def remove_fleet(fleet: Path, lab: str) -> tuple[str, ...]:
+    """Takes away what the lab wrote; returns the relative paths that stay because a person made or changed them."""
+    receipt = read_receipt(fleet)
+    if receipt is None or receipt.lab != lab:
+        return ()
+    for path in receipt.files:
+        if _unchanged(fleet, path, receipt):
+            (fleet / path).unlink()
+    (fleet / RECEIPT).unlink()
+    for name in WORK if receipt.created else (".opsctl",):
+        if (fleet / name).is_dir():
+            shutil.rmtree(fleet / name)
+    for directory, _, _ in os.walk(fleet, topdown=False):
+        if not any(Path(directory).iterdir()) and (receipt.created or Path(directory) != fleet):
+            Path(directory).rmdir()
+    return tuple(sorted(_files(fleet))) if receipt.created else ()
+
+
+def _unchanged(fleet: Path, path: str, receipt: Receipt) -> bool:
+    return (fleet / path).is_file() and receipt.files.get(path) == _digest(fleet / path)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _files(fleet: Path) -> frozenset[str]:
+    return frozenset(str(path.relative_to(fleet)) for path in fleet.rglob("*")
+                     if path.is_file() and not path.is_symlink() and path != fleet / RECEIPT)
+
+
+def _write_receipt(lab: Lab, receipt: Receipt, written: Iterable[str]) -> None:
+    files = {**receipt.files, **{path: _digest(lab.fleet / path) for path in written}}
+    _save_receipt(lab.fleet, Receipt(lab.name, receipt.created, files))
+
+
+def _save_receipt(fleet: Path, receipt: Receipt) -> None:
+    private_directory((fleet / RECEIPT).parent)
+    document = dataclasses.asdict(receipt)
+    write_durably(fleet / RECEIPT, json.dumps(document, indent=2) + "\n")
+
+
+def _give_to_caller(fleet: Path) -> None:
+    """Under sudo the directory belongs to the caller: they run the other verbs, and ssh wants its key to be theirs."""
+    user, group = os.environ.get("SUDO_UID"), os.environ.get("SUDO_GID")
+    if os.geteuid() != 0 or not user or not group:
+        return
+    for path in (fleet, *fleet.rglob("*")):
+        os.chown(path, int(user), int(group), follow_symlinks=False)
