@@ -66,7 +66,9 @@ def sources_for(sources: Iterable[Source], *, own_codename: str, codename: str) 
     """
     kept = []
     for source in sources:
-        addresses = tuple(address for address in source.addresses if REMOTE_OR_FILE.match(address))
+        # apt installs from a file: mirror in place and downloads nothing; from copy: it does.
+        addresses = tuple(re.sub("^file:", "copy:", address) for address in source.addresses
+                          if REMOTE_OR_FILE.match(address))
         suites = []
         for suite in source.suites:
             base, dash, rest = suite.partition("-")

@@ -178,7 +178,7 @@ class _PrivateApt:
 
     def resolve(self, packages: Sequence[str]) -> tuple[Deb, ...]:
         # Against an empty folder of archives apt names every file, not only those still missing.
-        done = run(self._argv("-o", f"Dir::Cache::archives={self._root / 'none'}", "-qq", "-y", "--print-uris",
+        done = run(self._argv("-o", f"Dir::Cache::archives={self._root / 'none'}", "-q", "-y", "--print-uris",
                               "--download-only", "install", "--", *packages))
         output = done.stdout.decode("utf-8", "replace") + done.stderr.decode("utf-8", "replace")
         if done.returncode == 0:
@@ -190,7 +190,7 @@ class _PrivateApt:
                                hint="correct the name in roles/*/defaults/main.yml", log_tail=_complaints(done))
         raise RefusedError("bundle.unmet_dependencies",
                            f"{RELEASE_NAME} cannot install {', '.join(packages)} together.",
-                           hint="read apt's own words above", log_tail=_complaints(done))
+                           hint="read apt's own words above", log_tail=last_lines(output.encode()))
 
     def download(self, packages: Sequence[str], debs: Iterable[Deb], emit: Emit) -> None:
         debs = tuple(debs)
