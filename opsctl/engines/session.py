@@ -268,7 +268,7 @@ class _Remote(_Way):
 
     def close(self) -> None:
         connection, self._connection = self._connection, None
-        while isinstance(connection, Connection):  # closing one leaves its gateway open
+        while connection:  # closing one leaves its gateway open
             connection.close()
             connection = connection.gateway
 
@@ -279,12 +279,12 @@ class _Remote(_Way):
         pins = known_hosts.load(self._fleet.known_hosts)
         connection = _strict(_connection(self._fleet, self._host), self._fleet)
         chain: list[Connection] = [connection]
-        while isinstance(chain[0].gateway, Connection):
+        while chain[0].gateway:
             chain.insert(0, _strict(chain[0].gateway, self._fleet))
         try:
             for hop in chain:
                 with _explained(self._fleet, self._host, hop, pins):
-                    if hop.gateway is None:
+                    if not hop.gateway:
                         hop.connect_kwargs["sock"] = _socket(hop.host, hop.port)
                     hop.open()
         except BaseException:
@@ -296,8 +296,17 @@ class _Remote(_Way):
 
 
 def _connection(fleet: Fleet, host: Host) -> Connection:
-    configuration = Config(ssh_config=paramiko.SSHConfig.from_text(render(fleet)), lazy=True)
-    return Connection(host.name, config=configuration, connect_timeout=CONNECT_TIMEOUT_S, forward_agent=False)
+    """The connection with its jumps as its gateways. Fabric would visit several jumps in the wrong order."""
+    settings = paramiko.SSHConfig.from_text(render(fleet))
+
+    def make(name: str, gateway: Connection | None) -> Connection:
+        place = name.rpartition("@")[2].partition(":")[0]
+        for hop in settings.lookup(place).get("proxyjump", "").split(",") if gateway is None else []:
+            gateway = make(hop.strip(), gateway) if hop.strip() else gateway
+        return Connection(name, config=Config(ssh_config=settings, lazy=True), gateway=gateway or False,
+                          connect_timeout=CONNECT_TIMEOUT_S, forward_agent=False)
+
+    return make(host.name, None)
 
 
 def _strict(connection: Connection, fleet: Fleet) -> Connection:

@@ -85,6 +85,7 @@ def check_addresses(hosts: Sequence[Host], inventory: Path) -> None:
                                      f"both are {host.address} port {host.port}.",
                                      hint="list it once, in as many groups as you like; or correct ansible_host")
     _check_shared_addresses(hosts, inventory)
+    _check_jumps(hosts, inventory)
 
 
 def _check_shared_addresses(hosts: Sequence[Host], inventory: Path) -> None:
@@ -97,6 +98,24 @@ def _check_shared_addresses(hosts: Sequence[Host], inventory: Path) -> None:
             raise ConfigurationError("inventory.same_address", f"{inventory}: {other.name} and {host.name} have the same "
                                      f"address {host.address} and are reached in different ways.",
                                      hint="give each an address or a DNS name of its own in ansible_host")
+
+
+def _check_jumps(hosts: Sequence[Host], inventory: Path) -> None:
+    """Refuses a jump over a local host, over itself, or in a circle."""
+    by_name = {host.name: host for host in hosts}
+
+    def follow(host: Host, above: tuple[str, ...]) -> None:
+        for hop in (hop.strip() for hop in host.proxy_jump.split(",")):
+            if hop in above:
+                raise ConfigurationError("inventory.jump_circle", f"{inventory}: proxy_jump goes in a circle: "
+                                         f"{' -> '.join((*above, hop))}.", hint="one of them must be reached directly")
+            if hop in by_name:
+                if by_name[hop].connection == "local":
+                    raise _wrong(host.name, "proxy_jump", hop, inventory, "is this machine itself", "no proxy_jump")
+                follow(by_name[hop], (*above, hop))
+
+    for host in hosts:
+        follow(host, (host.name,))
 
 
 def is_loopback(address: str) -> bool:
