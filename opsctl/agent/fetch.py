@@ -20,7 +20,7 @@ ATTEMPTS = 5  # in a row without progress
 PAUSES_S = (0.2, 1.0, 3.0, 5.0)
 PARTIAL = ".part"
 
-Advance = Callable[[int], None]  # bytes more than before; negative when a partial file had to be thrown away
+Advance = Callable[[int], None]  # bytes more than before, those of an earlier try first; negative: thrown away
 Opener = Callable[[urllib.request.Request], Any]
 
 
@@ -36,6 +36,8 @@ def fetch(url: str, path: Path, *, size: int | None, sha256: str, advance: Advan
     """
     partial = path.with_name(path.name + PARTIAL)
     without_progress = 0
+    if partial.exists():
+        advance(partial.stat().st_size)
     while True:
         before = partial.stat().st_size if partial.exists() else 0
         try:
@@ -85,6 +87,7 @@ def _attempt(url: str, partial: Path, size: int | None, advance: Advance, open_u
     have = partial.stat().st_size if partial.exists() else 0
     if size is not None and have > size:
         partial.unlink()
+        advance(-have)
         have = 0
     if have:
         with partial.open("rb") as file:
@@ -134,13 +137,18 @@ def _starts_at(content_range: str, offset: int) -> bool:
     return content_range.replace(" ", "").startswith(f"bytes{offset}-")
 
 
+def open_directly(request: urllib.request.Request) -> Any:
+    """Past any proxy: hosts fetch from their gateway, engines are asked on their own host."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=TIMEOUT_S)
+
+
 def _open(request: urllib.request.Request) -> Any:
     return urllib.request.urlopen(request, timeout=TIMEOUT_S)  # noqa: S310 - callers allow http, https and file only
 
 
 def _of_network(error: OSError) -> bool:
     """Whether trying again could help: not for a full disk or a missing folder."""
-    return isinstance(error, (ConnectionError, TimeoutError)) or isinstance(error, urllib.error.URLError)
+    return isinstance(error, (ConnectionError, TimeoutError, urllib.error.URLError))
 
 
 def _failed(url: str, error: Exception) -> OpsctlError:

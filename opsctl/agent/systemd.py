@@ -10,6 +10,7 @@ from typing import Protocol
 from opsctl.errors import OpsctlError
 
 TIMEOUT_S = 30.0
+ENVIRONMENT = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
 PROPERTIES = ("Id", "LoadState", "ActiveState", "SubState", "NRestarts", "ActiveEnterTimestamp", "InvocationID")
 
 
@@ -40,8 +41,7 @@ def run(argv: Sequence[str], timeout_s: float = TIMEOUT_S) -> subprocess.Complet
     """The one place that runs a program of systemd's."""
     try:
         return subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False,
-                              stdin=subprocess.DEVNULL, env={"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "LC_ALL": "C.UTF-8",
-                                                             "TZ": "UTC"})
+                              stdin=subprocess.DEVNULL, env=ENVIRONMENT)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise OpsctlError("host.systemd", f"{argv[0]} could not be run: {error}.",
                           hint="is systemd well on this host? systemctl is-system-running") from None

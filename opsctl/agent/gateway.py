@@ -1,0 +1,227 @@
+"""The gateway's side: takes releases in, checks them, and keeps the ledger. It hashes; it has no private key."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from opsctl.agent import ledger, trust
+from opsctl.agent import manifest as manifests
+from opsctl.agent.durable import (
+    locked,
+    make_directory,
+    make_read_only,
+    sync_directory,
+    sync_tree,
+    write_atomically,
+)
+from opsctl.agent.fetch import CHUNK, PARTIAL, sha256_of
+from opsctl.agent.ledger import Line
+from opsctl.agent.manifest import ReleaseFile
+from opsctl.agent.paths import Paths
+from opsctl.agent.progress import Meter, silent
+from opsctl.agent.stage import link_verified, plan_files, sweep
+from opsctl.agent.store import same_files, stored_releases, verify_files
+from opsctl.agent.trust import Signed
+from opsctl.errors import LockedError, RefusedError, UsageError
+
+INCOMING = ".incoming"
+
+
+def begin(paths: Paths, body: bytes) -> dict[str, Any]:
+    """Takes ``{"manifest", "signature"}`` (base64) and says which files to send.
+
+    Returns ``{"accepted", "service", "release", "needed": [{"path", "size", "have"}]}``: ``have`` bytes are here
+    already. Files of other releases are linked, so a release with the same weights sends none.
+
+    Raises:
+        RefusedError: unsigned, foreign, tampered.
+    """
+    try:
+        document = json.loads(body)
+        manifest, signature = (base64.b64decode(document[key], validate=True) for key in ("manifest", "signature"))
+    except (ValueError, KeyError, TypeError, binascii.Error):
+        raise UsageError("gateway.bad_input", "release-begin wants a JSON document with manifest and signature.") from None
+    signed = trust.verify(manifest, signature, paths.allowed_signers, "the release sent to the gateway")
+    service = signed.release.service
+    answer = {"service": service, "release": signed.directory_name, "needed": []}
+    releases = paths.gateway_releases / service
+    make_directory(releases)
+    if (releases / signed.directory_name).is_dir():
+        return {**answer, "accepted": True}
+    incoming = _incoming(paths, service, signed.directory_name)
+    with _only_one(incoming):
+        write_atomically(incoming / manifests.MANIFEST, manifest)
+        write_atomically(incoming / manifests.SIGNATURE, signature)
+        files = incoming / manifests.FILES
+        make_directory(files)
+        plan = plan_files(signed, files, same_files(releases))
+        for entry, source in plan.link:
+            link_verified(source, files / entry.path, entry, Meter(entry.size, silent))
+        needed = [{"path": entry.path, "size": entry.size, "have": _have(files / entry.path)} for entry in plan.fetch]
+    return {**answer, "accepted": False, "needed": needed}
+
+
+def receive(paths: Paths, service: str, release: str, path: str, offset: int, source: IO[bytes]) -> dict[str, Any]:
+    """Appends ``source`` to a file that is on its way, from byte ``offset``; returns ``{"have", "complete"}``.
+
+    Raises:
+        RefusedError: no such file in the manifest, another offset than what is here, or wrong bytes in the end.
+    """
+    incoming = _incoming(paths, service, release)
+    with _only_one(incoming):
+        entry = _entry(_begun(paths, incoming), path)
+        target = incoming / manifests.FILES / entry.path
+        partial = target.with_name(target.name + PARTIAL)
+        if target.is_file():
+            return {"have": entry.size, "complete": True}
+        make_directory(target.parent)
+        have = _have(target)
+        if have != offset:
+            raise RefusedError("gateway.offset", f"{path}: {have} bytes are here, not {offset}.",
+                               hint="ask release-begin again and send from there")
+        with partial.open("ab") as file:
+            while chunk := source.read(min(CHUNK, entry.size - have + 1)):
+                have += len(chunk)
+                if have > entry.size:
+                    break
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        if have < entry.size:
+            return {"have": have, "complete": False}
+        if have > entry.size or sha256_of(partial) != entry.sha256:
+            partial.unlink()
+            raise RefusedError("release.tampered", f"{path} arrived with other bytes than were signed.",
+                               hint="opsctl model verify on the sending machine; then the same again")
+        partial.chmod(0o444)
+        partial.replace(target)
+        sync_directory(target.parent)
+    return {"have": have, "complete": True}
+
+
+def accept(paths: Paths, service: str, release: str) -> dict[str, Any]:
+    """Checks signature and every file once more and gives the release its name; ``changed`` false: it had it.
+
+    Raises:
+        RefusedError: not all of it is here, or some of it is wrong.
+    """
+    releases = paths.gateway_releases / service
+    target = releases / release
+    if target.is_dir():
+        trust.read_signed(target, paths.allowed_signers)
+        return {"changed": False, "release": release}
+    incoming = _incoming(paths, service, release)
+    with _only_one(incoming):
+        signed = _begun(paths, incoming)
+        sweep(incoming / manifests.FILES, signed)
+        verify_files(incoming, signed.release)
+        sync_tree(incoming)
+        make_read_only(incoming)
+        incoming.chmod(0o755)
+        incoming.rename(target)
+        target.chmod(0o555)
+        sync_directory(releases)
+    return {"changed": True, "release": release}
+
+
+def releases(paths: Paths, service: str) -> dict[str, Any]:
+    return {"service": service,
+            "releases": [stored.as_document() for stored in stored_releases(paths.gateway_releases / service)]}
+
+
+def show_ledger(paths: Paths, service: str) -> dict[str, Any]:
+    """``{"service", "lines": [...]}``, oldest first."""
+    path = _ledger(paths, service)
+    lines, _ = ledger.parse(path.read_bytes() if path.is_file() else b"")
+    return {"service": service, "lines": [{**vars(line), "release": line.release} for line in lines]}
+
+
+def append_ledger(paths: Paths, service: str, version: str, digest: str, *, after: int, by: str, run: str = "",
+                  note: str = "", now: float | None = None) -> dict[str, Any]:
+    """Appends one line after line ``after`` (0: the ledger is empty) and fsyncs it; ``{"changed", "number"}``.
+
+    Raises:
+        RefusedError: the release is not accepted here, or the line contradicts the ledger.
+        LockedError: somebody else has written since line ``after``.
+    """
+    path = _ledger(paths, service)
+    make_directory(path.parent)
+    with locked(path.with_name(f".{path.name}.lock")):
+        content = path.read_bytes() if path.is_file() else b""
+        lines, whole = ledger.parse(content)
+        last = ledger.tip(lines)
+        if last is not None and (last.version, last.digest) == (version, digest):
+            return {"changed": False, "number": last.number}
+        ledger.check_tip(lines, after)
+        line = Line(len(lines) + 1, version, digest, _utc(time.time() if now is None else now), by, run, note)
+        ledger.check(lines, line)
+        if not (paths.gateway_releases / service / line.release).is_dir():
+            raise RefusedError("ledger.no_release", f"{line.release} of {service} is not on the gateway.",
+                               hint="publish it before the ledger names it")
+        with path.open("ab") as file:
+            file.truncate(whole)  # a line that a power cut tore
+            file.write(line.to_bytes())
+            os.fchmod(file.fileno(), 0o644)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_directory(path.parent)
+    return {"changed": True, "number": line.number}
+
+
+def _ledger(paths: Paths, service: str) -> Path:
+    return paths.ledgers / f"{_service(service)}.jsonl"
+
+
+def _incoming(paths: Paths, service: str, release: str) -> Path:
+    return paths.gateway_releases / _service(service) / INCOMING / manifests.check_name(release)
+
+
+def _service(name: str) -> str:
+    if not manifests.SERVICE.fullmatch(name):
+        raise UsageError("gateway.bad_service", f"{name!r} is not the name of a service.")
+    return name
+
+
+class _only_one:  # noqa: N801 - reads as a statement
+    """One sender at a time for a release."""
+
+    def __init__(self, incoming: Path) -> None:
+        self._incoming = incoming
+        self._lock = locked(incoming.parent / f".{incoming.name}.lock", wait=False)
+
+    def __enter__(self) -> None:
+        if not self._lock.__enter__():
+            self._lock.__exit__(None, None, None)
+            raise LockedError("gateway.busy", f"somebody else is sending {self._incoming.name} to the gateway now.",
+                              hint="wait for them, then the same again")
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.__exit__(None, None, None)
+
+
+def _begun(paths: Paths, incoming: Path) -> Signed:
+    if not (incoming / manifests.MANIFEST).is_file():
+        raise RefusedError("gateway.not_begun", f"nobody began to send {incoming.name}.", hint="release-begin first")
+    return trust.read_signed(incoming, paths.allowed_signers)
+
+
+def _entry(signed: Signed, path: str) -> ReleaseFile:
+    for entry in signed.release.files:
+        if entry.path == path:
+            return entry
+    raise RefusedError("release.extra_file", f"{path} is not in the manifest.", hint="only what was signed is taken")
+
+
+def _have(target: Path) -> int:
+    partial = target.with_name(target.name + PARTIAL)
+    return partial.stat().st_size if partial.is_file() else 0
+
+
+def _utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

@@ -1,0 +1,134 @@
+"""Long work as a named transient unit, which outlives whoever asked for it.
+
+``start`` runs ``opsctl-host`` again inside the unit; the worker keeps a status file under ``/run/opsctl/jobs``; anybody
+may look at it, at any time. Nothing is piped: a pipe dies with its reader, and so would the work.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from opsctl.agent import systemd
+from opsctl.agent.durable import locked, make_directory, write_atomically
+from opsctl.agent.paths import Paths
+from opsctl.agent.systemd import Run
+from opsctl.errors import OpsctlError
+
+POLL_S = 0.2
+SCHEMA = "opsctl.job/v1"
+
+
+def worker_arguments(verb: Sequence[str]) -> list[str]:
+    """``opsctl-host VERB`` by the interpreter that runs now."""
+    return [sys.executable, "-I", "-m", "opsctl.agent.host", *verb]
+
+
+def run_arguments(name: str, verb: Sequence[str]) -> list[str]:
+    """A unit that stays for as long as it works, and leaves its name free even when it fails."""
+    return ["systemd-run", "--quiet", "--collect", f"--unit={name}.service", f"--description=opsctl {' '.join(verb)}",
+            "--service-type=exec", "--property=UMask=0022", "--property=Nice=10", "--", *worker_arguments(verb)]
+
+
+def start(paths: Paths, name: str, verb: Sequence[str], run: Run = systemd.run) -> bool:
+    """Starts the job ``name``, or finds it running; True when it was started now.
+
+    Raises:
+        OpsctlError: systemd would not.
+    """
+    make_directory(paths.jobs)
+    with locked(paths.jobs / f"{name}.lock"):
+        if _unit(name, run).busy:
+            return False
+        _status_file(paths, name).unlink(missing_ok=True)
+        done = run(run_arguments(name, verb))
+        if done.returncode:
+            raise OpsctlError("job.not_started", f"systemd did not start {name}: {done.stderr.strip()}.",
+                              hint="systemctl status", log_tail=done.stderr.splitlines())
+        return True
+
+
+def look(paths: Paths, name: str, run: Run = systemd.run) -> dict[str, Any]:
+    """The job's status document. ``state``: ``none``, ``running``, ``done`` (``result``), ``failed`` (``error``)."""
+    busy = _unit(name, run).busy  # asked first: a worker writes its result before its unit ends
+    status = _read(_status_file(paths, name))
+    if busy:
+        return {**(status or _document(name)), "state": "running"}
+    if status is None:
+        return {**_document(name), "state": "none"}
+    if status["state"] == "running":
+        error = OpsctlError("job.died", f"{name} ended without a result.", hint=f"journalctl -u {name}",
+                            log_tail=systemd.log_tail(f"{name}.service", run=run))
+        return {**status, "state": "failed", "error": {**error.as_document(), "exit_code": int(error.exit_code)}}
+    return status
+
+
+def wait(paths: Paths, name: str, timeout_s: float, heard: Callable[[dict[str, Any]], None],
+         run: Run = systemd.run, clock: Callable[[], float] = time.monotonic,
+         pause: Callable[[float], None] = time.sleep) -> dict[str, Any]:
+    """Watches until the job is no longer running or ``timeout_s`` is over; ``heard`` gets every change."""
+    deadline = clock() + timeout_s
+    last: dict[str, Any] = {}
+    while True:
+        status = look(paths, name, run)
+        if status != last:
+            heard(status)
+            last = status
+        if status["state"] != "running" or clock() >= deadline:
+            return status
+        pause(POLL_S)
+
+
+class Reporter:
+    """The worker's end: writes the status file."""
+
+    def __init__(self, paths: Paths, name: str) -> None:
+        self._path = _status_file(paths, name)
+        self._status = _document(name)
+        make_directory(paths.jobs)
+        self._write()
+
+    def doing(self, phase: str) -> None:
+        self._status.update(phase=phase)
+        self._write()
+
+    def progress(self, done: int, total: int) -> None:
+        """Bytes."""
+        self._status.update(done=done, total=total)
+        self._write()
+
+    def finished(self, result: dict[str, Any]) -> None:
+        self._status.update(state="done", result=result)
+        self._write()
+
+    def failed(self, error: OpsctlError) -> None:
+        self._status.update(state="failed", error={**error.as_document(), "exit_code": int(error.exit_code)})
+        self._write()
+
+    def _write(self) -> None:
+        write_atomically(self._path, json.dumps(self._status).encode())
+
+
+def _document(name: str) -> dict[str, Any]:
+    return {"schema": SCHEMA, "job": name, "state": "running", "phase": "", "done": 0, "total": 0}
+
+
+def _status_file(paths: Paths, name: str) -> Path:
+    return paths.jobs / f"{name}.json"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        status: dict[str, Any] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    return status
+
+
+def _unit(name: str, run: Run) -> systemd.Unit:
+    unit = f"{name}.service"
+    return systemd.show([unit], run)[unit]

@@ -1,0 +1,224 @@
+"""Brings a release and its engine's environment to this host and verifies both. Serving is untouched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from opsctl.agent import environment, trust
+from opsctl.agent import manifest as manifests
+from opsctl.agent.durable import (
+    locked,
+    make_directory,
+    make_read_only,
+    remove_tree,
+    sync_directory,
+    sync_tree,
+    write_atomically,
+)
+from opsctl.agent.fetch import PARTIAL, fetch, open_directly
+from opsctl.agent.manifest import ReleaseFile
+from opsctl.agent.paths import Paths
+from opsctl.agent.progress import Meter, Report, silent
+from opsctl.agent.store import Stored, same_files, stored_releases, verify_file
+from opsctl.agent.trust import Signed
+from opsctl.errors import OpsctlError, RefusedError
+
+MARGIN_BYTES = 256 * 1024 * 1024  # left free beside a release, for logs and the engine's environment
+LINKING = ".link"
+MANIFEST_LIMIT_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is left to do for a release's files. Bytes to fetch leave out what an earlier try brought."""
+
+    there: tuple[ReleaseFile, ...]
+    link: tuple[tuple[ReleaseFile, Path], ...]
+    fetch: tuple[ReleaseFile, ...]
+    fetch_bytes: int
+
+
+def job_name(service: str, version: str) -> str:
+    return f"opsctl-stage-{service}-{version}"
+
+
+def is_staged(paths: Paths, service: str, name: str) -> bool:
+    """The release is here, signed and whole, and so is its engine's environment.
+
+    Raises:
+        RefusedError: it is here, and its signature or manifest is wrong.
+    """
+    directory = paths.releases(service) / name
+    if not directory.is_dir():
+        return False
+    signed = trust.read_signed(directory, paths.allowed_signers)
+    return Stored(directory, signed.release, signed.digest).complete() and environment.is_complete(
+        paths, signed.release.engine)
+
+
+def stage(
+    paths: Paths, gateway_url: str, service: str, name: str, *, report: Report = silent,
+    doing: Callable[[str], None] = lambda _: None, free_bytes: Callable[[Path], int] | None = None,
+) -> dict[str, Any]:
+    """Stages the release in folder ``name`` (``v1-0123456789ab``). Nothing to do is ``changed`` false.
+
+    Returns ``{"changed", "release", "fetched_bytes", "linked_files", "environment_built"}``.
+
+    Raises:
+        RefusedError: signature, digest, disk, or Python says no.
+        OpsctlError: the gateway cannot be reached, or the environment cannot be built.
+    """
+    releases = paths.releases(service)
+    make_directory(releases)
+    with locked(releases / f".{name}.lock"):
+        target = releases / name
+        _discard_broken(paths, service, target)
+        plan = Plan((), (), (), 0)
+        if target.is_dir():
+            signed = trust.read_signed(target, paths.allowed_signers)
+        else:
+            doing("fetch")
+            base = f"{gateway_url}/releases/{quote(service)}/{quote(name)}"
+            staging = releases / ".staging" / name
+            signed = _signed_manifest(base, staging, service, name, paths.allowed_signers)
+            plan = plan_files(signed, staging / manifests.FILES, same_files(releases))
+            check_space(plan, (free_bytes or _free_bytes)(releases), name)
+            _bring(plan, signed, base, staging, report)
+            sweep(staging / manifests.FILES, signed)
+        doing("environment")
+        built = environment.build(paths, signed.release.engine, f"{gateway_url}/wheels/")
+        brought = not target.is_dir()
+        if brought:
+            doing("rename")
+            sync_tree(staging)
+            make_read_only(staging)
+            staging.chmod(0o755)  # a folder is renamed only by who may write it
+            staging.rename(target)
+            target.chmod(0o555)
+            sync_directory(releases)
+            sync_directory(staging.parent)
+    return {"changed": brought or built, "release": name, "fetched_bytes": plan.fetch_bytes,
+            "linked_files": len(plan.link), "environment_built": built}
+
+
+def plan_files(signed: Signed, staging: Path, known: dict[tuple[str, int], Path]) -> Plan:
+    """``staging`` holds an earlier try's files: a whole one under its name (verified then), the rest as ``.part``."""
+    there: list[ReleaseFile] = []
+    link: list[tuple[ReleaseFile, Path]] = []
+    missing: list[ReleaseFile] = []
+    size = 0
+    for entry in signed.release.files:
+        path = staging / entry.path
+        if path.is_file():
+            there.append(entry)
+        elif (entry.sha256, entry.size) in known:
+            link.append((entry, known[entry.sha256, entry.size]))
+        else:
+            partial = path.with_name(path.name + PARTIAL)
+            size += max(0, entry.size - (partial.stat().st_size if partial.is_file() else 0))
+            missing.append(entry)
+    return Plan(tuple(there), tuple(link), tuple(missing), size)
+
+
+def check_space(plan: Plan, free: int, name: str) -> None:
+    """Raises RefusedError when the files would not fit, before the first byte is fetched."""
+    needed = plan.fetch_bytes + (MARGIN_BYTES if plan.fetch_bytes else 0)
+    if needed > free:
+        raise RefusedError("host.disk_full", f"{name} does not fit: it needs {_mb(needed)} with a margin, "
+                           f"{_mb(free)} are free.", hint="df -h /srv/opsctl; remove what is not needed there")
+
+
+def _bring(plan: Plan, signed: Signed, base: str, staging: Path, report: Report) -> None:
+    files = staging / manifests.FILES
+    meter = Meter(signed.release.size, report)
+    for entry in plan.there:
+        meter.advance(entry.size)
+    for entry, source in plan.link:
+        path = files / entry.path
+        link_verified(source, path, entry, meter)
+    for entry in plan.fetch:
+        path = files / entry.path
+        make_directory(path.parent)
+        fetch(f"{base}/{manifests.FILES}/{quote(entry.path)}", path, size=entry.size, sha256=entry.sha256,
+              advance=meter.advance, open_url=open_directly)
+        path.chmod(0o444)
+
+
+def link_verified(source: Path, path: Path, entry: ReleaseFile, meter: Meter) -> None:
+    """Hard-links ``source`` as ``path`` after its bytes were compared with what was signed.
+
+    Not by way of ``.part``: a fetch appends to that, and would append to the other release's file.
+    """
+    make_directory(path.parent)
+    temporary = path.with_name(path.name + LINKING)
+    temporary.unlink(missing_ok=True)
+    os.link(source, temporary)
+    verify_file(temporary, entry, f"the copy in {source}", meter)
+    temporary.replace(path)
+
+
+def sweep(files: Path, signed: Signed) -> None:
+    """Removes what earlier tries left and nobody signed."""
+    wanted = {files / entry.path for entry in signed.release.files}
+    for folder, _, names in os.walk(files):
+        for name in names:
+            if Path(folder, name) not in wanted:
+                Path(folder, name).unlink()
+
+
+def _signed_manifest(base: str, staging: Path, service: str, name: str, allowed_signers: Path) -> Signed:
+    what = f"release {service}/{name} on the gateway"
+    manifest = _small(f"{base}/{manifests.MANIFEST}", what)
+    signed = trust.verify(manifest, _small(f"{base}/{manifests.SIGNATURE}", what), allowed_signers, what)
+    if signed.directory_name != name or signed.release.service != service:
+        raise RefusedError("release.tampered", f"{what} holds the manifest of {signed.release.service}/"
+                           f"{signed.directory_name}.", hint="publish it again: opsctl provision")
+    make_directory(staging / manifests.FILES)
+    write_atomically(staging / manifests.MANIFEST, signed.manifest)
+    write_atomically(staging / manifests.SIGNATURE, signed.signature)
+    return signed
+
+
+def _small(url: str, what: str) -> bytes:
+    try:
+        with open_directly(urllib.request.Request(url)) as response:  # noqa: S310 - the gateway's address
+            content: bytes = response.read(MANIFEST_LIMIT_BYTES)
+            return content
+    except urllib.error.HTTPError as error:
+        if error.code == 404 and url.endswith(manifests.SIGNATURE):
+            return b""
+        if error.code == 404:
+            raise RefusedError("release.not_on_gateway", f"{what} is not there.",
+                               hint="opsctl provision publishes it from the bundle") from None
+        raise OpsctlError("fetch.failed", f"{url}: {error}.", hint="is nginx well on the gateway?") from None
+    except OSError as error:
+        raise OpsctlError("fetch.failed", f"{url} could not be fetched: {getattr(error, 'reason', error)}.",
+                          hint="is the gateway up, and its port open from this host?") from None
+
+
+def _discard_broken(paths: Paths, service: str, target: Path) -> None:
+    """A release that lost files is brought anew, unless an instance serves it."""
+    for stored in stored_releases(target.parent):
+        if stored.directory != target or stored.complete():
+            continue
+        for current in paths.services.joinpath(service).glob("current.*"):
+            if current.resolve() == target.resolve():
+                raise RefusedError("release.broken", f"{target} lost files while {current.name} points at it.",
+                                   hint="move the instance to another release first")
+        remove_tree(target)
+
+
+def _free_bytes(directory: Path) -> int:
+    return shutil.disk_usage(directory).free
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:.0f} MB"

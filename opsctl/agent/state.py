@@ -1,0 +1,89 @@
+"""``opsctl-host state --json``: everything another machine may want to know of this host, read and never changed."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Any
+
+from opsctl.agent import manifest as manifests
+from opsctl.agent import probes, systemd
+from opsctl.agent.drains import read_drains
+from opsctl.agent.paths import Paths
+from opsctl.agent.settings import Placement, read_placements, read_settings
+from opsctl.agent.store import Stored, stored_releases
+from opsctl.agent.systemd import Run, Unit
+from opsctl.errors import OpsctlError
+from opsctl.serving import adapter
+
+SCHEMA = "opsctl.host-state/v1"
+
+
+def agent_version() -> str:
+    try:
+        return metadata.version("opsctl-agent")
+    except metadata.PackageNotFoundError:  # in a checkout
+        from opsctl import __version__  # noqa: PLC0415
+
+        return __version__
+
+
+def current_release(paths: Paths, placement: Placement) -> str:
+    """The folder name of the release an instance serves, ``v1-0123456789ab``; empty when it never served."""
+    try:
+        return paths.current(placement.service, placement.index).readlink().name
+    except OSError:
+        return ""
+
+
+def state(paths: Paths, run: Run = systemd.run) -> dict[str, Any]:
+    """The document ``opsctl.host-state/v1``.
+
+    Raises:
+        ConfigurationError: the host is not provisioned, or a file of Ansible's is wrong.
+        OpsctlError: systemd does not answer.
+    """
+    settings = read_settings(paths)
+    placements = read_placements(paths)
+    units = systemd.show([placement.unit for placement in placements], run)
+    releases = {service: stored_releases(paths.releases(service)) for service in _services(paths, placements)}
+    return {
+        "schema": SCHEMA,
+        "host": settings.host,
+        "agent": agent_version(),
+        "instances": [_instance(paths, placement, units[placement.unit], releases[placement.service])
+                      for placement in placements],
+        "releases": [stored.as_document() for service in sorted(releases) for stored in releases[service]],
+        "holds": [],
+        "drains": [drain for placement in placements for drain in read_drains(paths.drains(placement.instance))],
+    }
+
+
+def _services(paths: Paths, placements: list[Placement]) -> set[str]:
+    on_disk = {path.parent.name for path in paths.services.glob("*/releases")}
+    return on_disk | {placement.service for placement in placements}
+
+
+def _instance(paths: Paths, placement: Placement, unit: Unit, releases: list[Stored]) -> dict[str, Any]:
+    name = current_release(paths, placement)
+    version, _ = manifests.split_directory_name(name)
+    stored = next((release for release in releases if release.name == name), None)
+    health, running, waiting = _engine(placement, unit, stored)
+    return {
+        "instance": placement.instance, "service": placement.service, "index": placement.index,
+        "port": placement.port, "unit": unit.active, "sub": unit.sub,
+        "release": version if name else "", "digest": stored.digest if stored else "",
+        "health": health, "running": running, "waiting": waiting, "since": unit.since,
+        "unfinished": paths.undo(placement.instance).exists(),
+    }
+
+
+def _engine(placement: Placement, unit: Unit, stored: Stored | None) -> tuple[str, int | None, int | None]:
+    if stored is None or not unit.busy:
+        return "unknown", None, None
+    try:
+        engine = adapter(stored.release.engine.name)
+    except OpsctlError:
+        return "unknown", None, None
+    if not probes.is_healthy(placement, engine):
+        return "unhealthy", None, None
+    return "healthy", *probes.in_flight(placement, engine)

@@ -1,0 +1,156 @@
+"""``opsctl-agent``: the load balancer's voice. Answers its agent-check for every instance of this host.
+
+One event loop. Systemd is asked in the background, so an answer never waits for it; drains, marks and the current
+release are a few small files, read as they are when the question comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+
+from opsctl.agent import systemd
+from opsctl.agent.drains import least_weight, read_drains
+from opsctl.agent.paths import Paths
+from opsctl.agent.settings import instance_names, read_settings
+from opsctl.agent.voice import Facts, answer
+from opsctl.errors import OpsctlError
+
+POLL_S = 0.5
+SYSTEMD_TIMEOUT_S = 5.0
+QUESTION_TIMEOUT_S = 2.0
+QUESTION_LIMIT = 256
+
+
+def look(paths: Paths, instance: str, active: str) -> Facts:
+    """The facts of one instance now; ``active`` is its unit's last known ActiveState."""
+    if "/" in instance or not (paths.placements / f"{instance}.toml").is_file():
+        return Facts(placed=False)
+    service, _, index = instance.rpartition(".")
+    try:
+        release = str(paths.current(service, int(index)).readlink())
+    except (OSError, ValueError):
+        release = ""
+    return Facts(placed=True, release=release, active=active, draining=paths.draining(instance).exists(),
+                 weight=least_weight(read_drains(paths.drains(instance))))
+
+
+class Voice:
+    """Serves the agent-check protocol on one TCP address."""
+
+    def __init__(self, paths: Paths) -> None:
+        self._paths = paths
+        self._active: dict[str, str] = {}
+
+    def answer(self, instance: str) -> str:
+        return answer(look(self._paths, instance, self._active.get(instance, "")))
+
+    async def serve(self, address: str, port: int) -> asyncio.Server:
+        return await asyncio.start_server(self._one, address, port, limit=QUESTION_LIMIT, reuse_address=True)
+
+    async def poll(self) -> None:
+        """Refreshes what systemd says; what it does not say stays as it was."""
+        instances = instance_names(self._paths)
+        units = [f"inference@{instance}.service" for instance in instances]
+        if units:
+            found = systemd.parse_show(await _output(systemd.show_arguments(units)), units)
+            known = {instance: found[unit].active for instance, unit in zip(instances, units, strict=True)}
+            self._active.update({instance: active for instance, active in known.items() if active})
+
+    async def poll_for_ever(self) -> None:
+        complained = False
+        while True:
+            try:
+                await self.poll()
+                complained = False
+            except (OSError, asyncio.TimeoutError) as error:
+                if not complained:
+                    _say(f"systemd does not answer ({error or 'timeout'}); going on with what was known")
+                complained = True
+            await asyncio.sleep(POLL_S)
+
+    async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError, asyncio.TimeoutError, ValueError):
+            question = await asyncio.wait_for(reader.readline(), QUESTION_TIMEOUT_S)
+            writer.write(self.answer(question.decode(errors="replace").strip()).encode() + b"\n")
+            await writer.drain()
+        writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
+
+
+async def _output(argv: list[str]) -> str:
+    process = await asyncio.create_subprocess_exec(
+        *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        env=systemd.ENVIRONMENT)
+    try:
+        out, err = await asyncio.wait_for(process.communicate(), SYSTEMD_TIMEOUT_S)
+    except asyncio.TimeoutError:
+        process.kill()
+        raise
+    if process.returncode:
+        raise OSError(err.decode(errors="replace").strip())
+    return out.decode(errors="replace")
+
+
+def notify(state: str) -> None:
+    """``READY=1``, ``WATCHDOG=1``: tells systemd, if it wants to hear."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+            channel.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+
+
+async def _watchdog() -> None:
+    every_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
+    while every_s:
+        notify("WATCHDOG=1")
+        await asyncio.sleep(every_s)
+
+
+async def supervise(paths: Paths) -> None:
+    """Serves until SIGTERM."""
+    settings = read_settings(paths)
+    voice = Voice(paths)
+    with suppress(OSError, asyncio.TimeoutError):  # the loop below says so if it stays that way
+        await voice.poll()
+    server = await voice.serve(settings.listen, settings.agent_check_port)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    background = [asyncio.create_task(voice.poll_for_ever()), asyncio.create_task(_watchdog())]
+    _say(f"answering for {settings.host} on {settings.listen}:{settings.agent_check_port}")
+    notify("READY=1")
+    await stop.wait()
+    notify("STOPPING=1")
+    for task in background:
+        task.cancel()
+    server.close()
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def main() -> int:
+    """The ``opsctl-agent`` command."""
+    try:
+        asyncio.run(supervise(Paths()))
+    except OpsctlError as error:
+        _say(f"{error.message} {error.hint}")
+        return int(error.exit_code)
+    except OSError as error:
+        _say(f"cannot listen: {error}")
+        time.sleep(1)  # the address may still be coming up at boot; systemd starts us again
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""What the agent tells the load balancer of an instance. Pure.
+
+Only ever ``up N%`` or ``down #reason``, with a newline: ``drain``, ``maint`` and ``ready`` are the operator's words,
+and ``ready`` would undo the operator's drain each second. Without the blank before ``#``, HAProxy does not read ``down``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ALIVE = ("active", "reloading")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of one instance. ``active`` is systemd's ActiveState, empty when systemd has not answered yet."""
+
+    placed: bool
+    release: str = ""
+    active: str = ""
+    draining: bool = False
+    weight: int = 100  # percent; the least over all owners of drains
+
+
+def answer(facts: Facts) -> str:
+    """``up 100%``, ``up 0%``, ``down #no release`` ... without the newline."""
+    if not facts.placed:
+        return "down #unknown instance"
+    if not facts.release:
+        return "down #no release"
+    if facts.active == "deactivating" or (facts.draining and facts.active in (*ALIVE, "")):
+        return "up 0%"
+    if facts.active in ALIVE or not facts.active:
+        # Not knowing the unit is no reason to take an instance away: the load balancer checks the engine itself.
+        return f"up {facts.weight}%"
+    return {"activating": "down #starting", "failed": "down #failed"}.get(facts.active, "down #stopped")
