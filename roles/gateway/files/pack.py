@@ -26,4 +26,7 @@ def pack(bundle: Path, archive: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    pack(Path(sys.argv[1]), Path(sys.argv[2]), sys.stdin.read().splitlines())
+    try:
+        pack(Path(sys.argv[1]), Path(sys.argv[2]), sys.stdin.read().splitlines())
+    except OSError as error:
+        sys.exit(f"{error.filename}: {error.strerror}: opsctl bundle build makes the bundle whole again")
