@@ -10,14 +10,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from opsctl.engines.events import Emit, Note
+from opsctl.errors import RefusedError
 
 
 def cache_directory(*parts: str) -> Path:
-    """``${XDG_CACHE_HOME:-~/.cache}/opsctl/...``, made if it is not there. Always safe to delete."""
+    """``${XDG_CACHE_HOME:-~/.cache}/opsctl/...``, made if it is not there. Always safe to delete.
+
+    Raises:
+        RefusedError: this user may not write there, as happens after a run under sudo.
+    """
     root = os.environ.get("XDG_CACHE_HOME", "")
     base = Path(root) if root.startswith("/") else Path.home() / ".cache"  # a relative one is to be ignored (XDG)
     directory = base.joinpath("opsctl", *parts)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        writable = os.access(directory, os.W_OK)
+    except PermissionError:
+        writable = False
+    if not writable:
+        raise RefusedError("bundle.cache_not_writable", f"this user may not write to {directory}.",
+                           hint=f"chown -R it, delete {base / 'opsctl'}, or set XDG_CACHE_HOME")
     return directory
 
 

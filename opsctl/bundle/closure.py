@@ -19,7 +19,7 @@ from pathlib import Path
 from opsctl.bundle.apt_sources import Source, parse_deb822, parse_one_line, render_deb822, sources_for
 from opsctl.bundle.cache import cache_directory
 from opsctl.bundle.process import last_lines, require_program, run, started
-from opsctl.engines.events import Emit, Progress
+from opsctl.engines.events import Emit, Note, Progress
 from opsctl.errors import OpsctlError, RefusedError
 
 CODENAME = "bookworm"
@@ -167,14 +167,13 @@ class _PrivateApt:
         return [self._program, "-c", str(self._configuration), *arguments]
 
     def update(self, emit: Emit) -> None:
-        emit(Progress("package lists", 0, 1, "items"))
+        emit(Note(f"asking this machine's package sources for the lists of {RELEASE_NAME}"))
         done = run(self._argv("-q", "update"))
         if done.returncode != 0:
             raise RefusedError("bundle.sources_unreachable",
                                f"this machine's package sources did not give the lists of {RELEASE_NAME}.",
                                hint="apt-get update shows whether this machine reaches them; then build again",
                                log_tail=_complaints(done))
-        emit(Progress("package lists", 1, 1, "items"))
 
     def resolve(self, packages: Sequence[str]) -> tuple[Deb, ...]:
         # Against an empty folder of archives apt names every file, not only those still missing.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from opsctl.bundle import sums
 from opsctl.bundle.keys import Signer, dearmor, export_public_key, make_bundle_key, signing
 from opsctl.bundle.repository import DIST, render_release
 from opsctl.bundle.verify import FOLDERS, verify_bundle
+from opsctl.cli.bundle import app
 from opsctl.errors import ExitCode, RefusedError
 
 pytestmark = pytest.mark.skipif(shutil.which("gpg") is None or shutil.which("gpgv") is None,
@@ -216,3 +219,18 @@ def test_a_home_without_a_key_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError) as caught:
         export_public_key(tmp_path / "empty")
     assert caught.value.code == "bundle.no_key"
+
+
+def test_the_verb_speaks_one_document_and_exits_5_on_a_tampered_bundle(bundle: Path, homes: Path,
+                                                                       tmp_path: Path) -> None:
+    (tmp_path / "inventory.ini").touch()
+    (tmp_path / "trust").mkdir()
+    shutil.copy(homes / "ours.asc", tmp_path / "trust/bundle.asc")
+    shutil.rmtree(bundle / "releases")
+    runner = CliRunner()
+    whole = runner.invoke(app, ["verify", str(tmp_path / "inventory.ini"), "--json"])
+    assert (whole.exit_code, json.loads(whole.stdout)["schema"]) == (0, "opsctl.bundle-verify/v1")
+    change_a_package(bundle)
+    tampered = runner.invoke(app, ["verify", str(tmp_path / "inventory.ini"), "--json"])
+    assert (tampered.exit_code, json.loads(tampered.stdout)["error"]["code"]) == (5, "bundle.tampered")
+    assert DEB in tampered.stderr
