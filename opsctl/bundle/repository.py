@@ -57,19 +57,36 @@ def write_repository(apt: Path, closure: Closure, signer: Signer, *, previous: P
     (apt / DIST / "InRelease").write_bytes(signer.clear(release))
 
 
-def check_repository(apt: Path, checker: Checker) -> None:
-    """Checks both signatures of the Release file.
+def check_repository(bundle: Path, checker: Checker, digests: Mapping[str, str]) -> None:
+    """Checks the Release file's signatures, and that it leads to the very files of the bundle, as apt will.
+
+    ``digests`` is the sha256 of every file by its path in the bundle.
 
     Raises:
-        RefusedError: a file is missing, changed after it was signed, or signed by a key that is not trusted.
+        RefusedError: a file is missing, changed after it was signed, or signed by a key that is not trusted; or the
+            index describes other files than there are (``bundle.inconsistent``).
     """
-    dist = apt / DIST
-    for name in RELEASE_FILES:
+    dist = bundle / "apt" / DIST
+    for name in (*RELEASE_FILES, INDEX):
         if not (dist / name).is_file():
             raise RefusedError("bundle.unsigned", f"{dist / name} is missing: apt would refuse the bundle.",
                                hint="opsctl bundle build makes the bundle anew")
     checker.check(str(dist / "InRelease"), dist / "InRelease")
     checker.check(str(dist / "Release"), dist / "Release.gpg", dist / "Release")
+    release = (dist / "Release").read_text(encoding="utf-8")
+    described = {f"apt/{DIST}/{name}": digest for digest, name in
+                 re.findall(r"^ ([0-9a-f]{64}) +\d+ (\S+)$", release, re.MULTILINE)}
+    indexed = indexed_digests((dist / INDEX).read_bytes())
+    described |= {f"apt/{name}": digest for name, digest in indexed.items()}
+    there = {path: digest for path, digest in digests.items()
+             if path.startswith("apt/") and path.rpartition("/")[2] not in RELEASE_FILES}
+    wrong = sorted(path for path in described.keys() | there.keys() if described.get(path) != there.get(path))
+    if release not in (dist / "InRelease").read_text(encoding="utf-8"):
+        wrong.append(f"apt/{DIST}/InRelease")
+    if wrong:
+        raise RefusedError("bundle.inconsistent",
+                           f"{bundle / wrong[0]} is not the file that the signed index describes; apt would refuse it.",
+                           hint="opsctl bundle build makes the bundle anew")
 
 
 def sorted_index(packages: bytes) -> bytes:

@@ -38,8 +38,8 @@ def verify_bundle(bundle: Path, trusted_key: Path, emit: Emit = discard) -> Veri
 
     Raises:
         RefusedError: one sentence that names the file; code ``bundle.missing``, ``bundle.incomplete``,
-            ``bundle.unsigned``, ``bundle.foreign_key``, ``bundle.tampered``, ``bundle.no_trusted_key`` or
-            ``bundle.no_program``.
+            ``bundle.unsigned``, ``bundle.foreign_key``, ``bundle.tampered``, ``bundle.inconsistent``,
+            ``bundle.no_trusted_key`` or ``bundle.no_program``.
     """
     began = time.monotonic()
     with checking(trusted_key) as checker:
@@ -54,7 +54,7 @@ def verify_bundle(bundle: Path, trusted_key: Path, emit: Emit = discard) -> Veri
                                    hint=f"{BUILD_ANEW}; find out who changed the file")
 
         sums.digests(bundle, expected, emit, "checking the bundle", compare)
-        check_repository(bundle / "apt", checker)
+        check_repository(bundle, checker, expected)
     size = sum((bundle / path).stat().st_size for path in expected)
     return Verified(len(expected), size, signed_by, time.monotonic() - began)
 

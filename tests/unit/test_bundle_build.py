@@ -69,31 +69,30 @@ class Site:
 
 
 @pytest.fixture(scope="session")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("site-keys")
-    for name in ("fleet", "mirror"):
-        make_bundle_key(directory / name, directory / f"{name}.asc")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What every site is a copy of: two keys and a mirror with four packages."""
+    directory = tmp_path_factory.mktemp("site")
+    site = Site(directory, directory / "fleet", directory / "fleet/bundle")
+    make_bundle_key(site.fleet / "keys/bundle", site.trusted_key())
+    make_bundle_key(directory / "mirror-key", directory / "mirror-key.asc")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(directory / "index"))
+        site.publish(site.deb("tiny-a", "1:1.0-1", "tiny-b (>= 2)"), site.deb("tiny-b", "2.0~rc1+x"),
+                     site.deb("tiny-b", "3.0"), site.deb("unasked", "1"))
     return directory
 
 
 @pytest.fixture
-def site(keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
-    site = Site(tmp_path, tmp_path / "fleet", tmp_path / "fleet/bundle")
-    shutil.copytree(keys / "fleet", site.fleet / "keys/bundle")
-    shutil.copytree(keys / "mirror", tmp_path / "mirror-key")
-    (site.fleet / "trust").mkdir()
-    shutil.copy(keys / "fleet.asc", site.trusted_key())
-    shutil.copy(keys / "mirror.asc", tmp_path / "mirror-key.asc")
-    (tmp_path / "mirror-key.gpg").write_bytes(dearmor((keys / "mirror.asc").read_text()))
-    site.publish(site.deb("tiny-a", "1:1.0-1", "tiny-b (>= 2)"), site.deb("tiny-b", "2.0~rc1+x"),
-                 site.deb("tiny-b", "3.0"), site.deb("unasked", "1"))
-    (tmp_path / "machine.list").write_text(
-        f"deb [signed-by={tmp_path / 'mirror-key.gpg'}] file:{tmp_path / 'mirror'} bookworm main\n", encoding="utf-8")
-    (tmp_path / "apt.conf").write_text(f'Dir::Etc::sourcelist "{tmp_path / "machine.list"}";\n'
-                                       f'Dir::Etc::sourceparts "{tmp_path / "nothing"}";\n', encoding="utf-8")
-    monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return site
+def site(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    root = Path(shutil.copytree(model, tmp_path / "site"))
+    (root / "mirror-key.gpg").write_bytes(dearmor((root / "mirror-key.asc").read_text()))
+    source = f"deb [signed-by={root / 'mirror-key.gpg'}] file:{root / 'mirror'} bookworm main\n"
+    (root / "machine.list").write_text(source, encoding="utf-8")
+    (root / "apt.conf").write_text(f'Dir::Etc::sourcelist "{root / "machine.list"}";\n'
+                                   f'Dir::Etc::sourceparts "{root / "nothing"}";\n', encoding="utf-8")
+    monkeypatch.setenv("APT_CONFIG", str(root / "apt.conf"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
+    return Site(root, root / "fleet", root / "fleet/bundle")
 
 
 def test_a_bundle_holds_the_closure_and_verifies(site: Site) -> None:
@@ -196,14 +195,14 @@ def test_a_tampered_bundle_is_made_anew(site: Site) -> None:
     assert not (site.bundle / "wheels/evil.whl").exists()
 
 
-def test_another_key_signs_everything_anew(site: Site, keys: Path) -> None:
+def test_another_key_signs_everything_anew(site: Site) -> None:
     before = site.build().signed_by
     shutil.rmtree(site.fleet / "keys/bundle")
-    shutil.copytree(keys / "mirror", site.fleet / "keys/bundle")
+    shutil.copytree(site.root / "mirror-key", site.fleet / "keys/bundle")
     with pytest.raises(RefusedError) as caught:
         site.build()
     assert caught.value.code == "bundle.key_mismatch"
-    shutil.copy(keys / "mirror.asc", site.trusted_key())
+    shutil.copy(site.root / "mirror-key.asc", site.trusted_key())
     after = site.build()
     assert after.changed
     assert after.signed_by != before

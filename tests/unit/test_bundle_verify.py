@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from opsctl.bundle import sums
 from opsctl.bundle.keys import Signer, dearmor, export_public_key, make_bundle_key, signing
-from opsctl.bundle.repository import DIST, render_release
+from opsctl.bundle.repository import DIST, INDEX, render_release
 from opsctl.bundle.verify import FOLDERS, verify_bundle
 from opsctl.cli.bundle import app
 from opsctl.errors import ExitCode, RefusedError
@@ -32,9 +32,11 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sign_repository(bundle: Path, signer: Signer) -> None:
-    release = render_release({"main/binary-amd64/Packages": b"Package: a\n"}, date="Sat, 21 Nov 2026 00:00:00 -0000")
+    packages = f"Package: a\nFilename: {DEB.removeprefix('apt/')}\nSHA256: {sums.digest(bundle / DEB)}\n".encode()
+    release = render_release({INDEX: packages}, date="Sat, 21 Nov 2026 00:00:00 -0000")
     dist = bundle / "apt" / DIST
-    dist.mkdir(parents=True, exist_ok=True)
+    (dist / INDEX).parent.mkdir(parents=True, exist_ok=True)
+    (dist / INDEX).write_bytes(packages)
     (dist / "Release").write_text(release, encoding="utf-8")
     (dist / "Release.gpg").write_bytes(signer.detached(release.encode()))
     (dist / "InRelease").write_bytes(signer.clear(release.encode()))
@@ -77,7 +79,7 @@ def refusal(bundle: Path, trusted_key: Path) -> RefusedError:
 
 def test_a_whole_bundle_is_verified(bundle: Path, homes: Path) -> None:
     verified = verify_bundle(bundle, homes / "ours.asc")
-    assert verified.files == 5
+    assert verified.files == 6
     assert len(verified.signed_by) == 40
 
 
@@ -175,6 +177,31 @@ def test_an_index_signed_by_somebody_else_is_refused_though_the_sums_are_ours(bu
         sign_sums(bundle, signer)
     error = refusal(bundle, homes / "ours.asc")
     assert (error.code, "InRelease" in error.message) == ("bundle.foreign_key", True)
+
+
+def another_package(bundle: Path) -> None:
+    (bundle / DEB).write_bytes(b"another package")
+
+
+def one_more_package(bundle: Path) -> None:
+    (bundle / "apt/pool/main/b_1_all.deb").write_bytes(b"one more")
+
+
+def another_index(bundle: Path) -> None:
+    with (bundle / "apt" / DIST / INDEX).open("a", encoding="utf-8") as file:
+        file.write("\nPackage: b\n")
+
+
+@pytest.mark.parametrize(("spoil", "named"), [(another_package, DEB), (one_more_package, "b_1_all.deb"),
+                                              (another_index, "Packages")])
+def test_a_bundle_that_apt_would_refuse_is_refused_though_it_is_signed(bundle: Path, homes: Path, named: str,
+                                                                       spoil: Callable[[Path], None]) -> None:
+    spoil(bundle)
+    with signing(homes / "ours") as signer:
+        sign_sums(bundle, signer)
+    error = refusal(bundle, homes / "ours.asc")
+    assert error.code == "bundle.inconsistent"
+    assert named in error.message
 
 
 def test_sums_that_lead_out_of_the_bundle_are_refused(bundle: Path, homes: Path) -> None:
