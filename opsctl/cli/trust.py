@@ -66,7 +66,8 @@ def trust(
         text = f"{pinned} key{'s' * (pinned != 1)} pinned in {fleet.known_hosts}" if pinned else "nothing new to pin"
         if silent:
             text += f"; {', '.join(finding.target.name for finding in silent)} did not answer"
-        speaker.result(document, text, ExitCode.REFUSED if silent else ExitCode.DONE)
+        exit_code = ExitCode.DONE if not silent else ExitCode.PAUSED if pinned else ExitCode.REFUSED
+        speaker.result(document, text, exit_code)
 
 
 def _show(speaker: Speaker, findings: list[Finding]) -> None:
@@ -82,6 +83,6 @@ def _show(speaker: Speaker, findings: list[Finding]) -> None:
 
 
 def _document(finding: Finding) -> dict[str, str]:
+    key = finding.key
     return {"host": finding.target.name, "address": finding.target.pin_name, "state": str(finding.verdict),
-            "type": finding.key.type if finding.key else "", "fingerprint": finding.key.fingerprint if finding.key else "",
-            "problem": finding.problem if not finding.key else ""}
+            "type": key.type if key else "", "fingerprint": key.fingerprint if key else "", "problem": finding.problem}

@@ -358,8 +358,8 @@ def _explained(fleet: Fleet, host: Host, hop: Connection, pins: Sequence[known_h
             raise _login_refused(host, hop, where) from None
         raise RefusedError(
             "host.unreachable", f"{where}: {name} does not answer: {_why(error)}.",
-            hint=f"ssh -F {fleet.ssh_config} {hop.original_host}   shows more; --limit '!{host.name}' goes on without it"
-        ) from None
+            hint=f"ssh -F {fleet.ssh_config} {hop.original_host}   says more; --limit '!{host.name}' goes on without") \
+            from None
 
 
 def _login_refused(host: Host, hop: Connection, where: str) -> RefusedError:

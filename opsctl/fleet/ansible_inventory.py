@@ -1,4 +1,4 @@
-"""Runs ``ansible-inventory --list``, the only reader of inventories, and turns what it says into plain data or errors."""
+"""Runs ``ansible-inventory --list``, the only reader of inventories: what it says becomes plain data or errors."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ CULPRITS = (
     re.compile(r"Invalid section entry: '(?P<text>.+?)'"),
     re.compile(r"Invalid host pattern '(?P<text>.+?)' supplied"),
 )
-UNBALANCED = re.compile(r"^\s*\[[^\]]*$|^[^#;'\"=]*\[[^\]]*(\s|$)", re.MULTILINE)  # "[gpu" or "gpu-[1:3 a=b"
+UNBALANCED = r"^\s*\[[^\]\n]*$|^[^#;'\"=\n]*\[[^\]\n]*(\s|$)"  # "[gpu" or "gpu-[1:3 a=b"
 
 
 @dataclass(frozen=True)
 class RawInventory:
-    """What ansible-inventory read: variables of each host, and hosts of each group with its children's, both in order."""
+    """What ansible-inventory read, in order: variables of each host; hosts of each group, its children's included."""
 
     hostvars: Mapping[str, Mapping[str, Any]]
     groups: Mapping[str, tuple[str, ...]]
@@ -51,8 +51,8 @@ def read_raw(inventory: Path) -> RawInventory:
             env=environment(os.environ, inventory.parent),
         )
     except subprocess.TimeoutExpired:
-        raise ConfigurationError("inventory.too_slow", f"{inventory}: ansible-inventory did not finish in {TIMEOUT_S} s.",
-                                 hint=f"ansible-inventory --inventory {inventory} --list shows what it waits for") from None
+        raise ConfigurationError("inventory.too_slow", f"{inventory}: ansible-inventory took more than {TIMEOUT_S} s.",
+                                 hint=f"ansible-inventory --inventory {inventory} --list shows why") from None
     problem = complaint(done.stderr)
     if done.returncode != 0 or problem:
         raise explain(inventory, problem or f"ansible-inventory stopped with exit code {done.returncode}", done.stderr)
@@ -89,8 +89,9 @@ def from_document(document: Mapping[str, Any]) -> RawInventory:
         return tuple(dict.fromkeys(found))
 
     known = document.get("_meta", {}).get("hostvars", {})
+    names = dict.fromkeys((*direct, *sum(children.values(), ())))
     return RawInventory(hostvars={host: known.get(host, {}) for host in members("all")},
-                        groups={group: members(group) for group in dict.fromkeys((*direct, *sum(children.values(), ())))})
+                        groups={group: members(group) for group in names})
 
 
 def complaint(stderr: str) -> str:
@@ -119,11 +120,11 @@ def explain(inventory: Path, problem: str, stderr: str) -> ConfigurationError:
     for culprit in CULPRITS:
         match = culprit.search(problem)
         if match:
-            line = find_line(inventory, re.compile(r"^[^#;\n]*" + re.escape(match["text"]), re.MULTILINE))
+            line = find_line(inventory, r"^[^#;\n]*" + re.escape(match["text"]))
             if "undefined group" in problem:
                 name = problem.rsplit("'", 2)[-2]
-                return ConfigurationError("inventory.unknown_group", f"{at(inventory, line)}: {match['text']} names the "
-                                          f"group {name}, which is nowhere in the inventory.",
+                return ConfigurationError("inventory.unknown_group", f"{at(inventory, line)}: {match['text']} names "
+                                          f"the group {name}, which is nowhere in the inventory.",
                                           hint=f"correct the name, or add a [{name}] section", log_tail=tail)
             return ConfigurationError("inventory.unreadable", f"{at(inventory, line)}: {problem}.", hint=hint,
                                       log_tail=tail)

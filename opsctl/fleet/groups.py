@@ -43,22 +43,22 @@ def _check_services(services: Sequence[Service], groups: Mapping[str, tuple[str,
         if service.group not in groups and service.group not in GROUPS:
             users = [group for group in groups if group not in ANSIBLES_OWN]
             near = difflib.get_close_matches(service.group, (*GROUPS, *users), n=1, cutoff=0.6)
-            line = find_line(services_file, re.compile(rf"^\s*group:\s*[\"']?{re.escape(service.group)}\b", re.MULTILINE))
+            line = find_line(services_file, rf"^\s*group:\s*[\"']?{re.escape(service.group)}\b")
             raise ConfigurationError(
                 "services.unknown_group", f"{at(services_file, line)}: group: {service.group} of {service.name} is an "
                 f"unknown group; {inventory.name} has none of that name.",
                 hint=f"did you mean {near[0]}?" if near else f"groups of {inventory.name}: {', '.join(users)}")
         members = groups.get(service.group, ())
         if not members:
-            raise ConfigurationError("inventory.empty_group", f"{inventory}: the group {service.group} has no host, and "
-                                     f"{service.name} is to be served there.",
+            raise ConfigurationError("inventory.empty_group", f"{inventory}: the group {service.group} has no host, "
+                                     f"and {service.name} is to be served there.",
                                      hint=f"put hosts below [{service.group}]")
         instances = len(members) * service.instances_per_host
         if service.min_serving > instances:
-            line = find_line(services_file, re.compile(rf"^\s*min_serving:\s*{service.min_serving}\b", re.MULTILINE))
+            line = find_line(services_file, rf"^\s*min_serving:\s*{service.min_serving}\b")
             raise ConfigurationError(
-                "services.min_serving", f"{at(services_file, line)}: min_serving: {service.min_serving} of {service.name} "
-                f"is more than the {instances} instance{'s' * (instances != 1)} that it has on {service.group}.",
+                "services.min_serving", f"{at(services_file, line)}: min_serving: {service.min_serving} of "
+                f"{service.name} is more than the {instances} instance{'s' * (instances != 1)} on {service.group}.",
                 hint=f"at most {instances}; {instances - 1} lets one instance at a time be changed" if instances > 1
                 else "at most 1")
 
@@ -83,7 +83,7 @@ def _check_belonging(hosts: Sequence[str], groups: Mapping[str, tuple[str, ...]]
                 near = difflib.get_close_matches(group.lower(), known, n=1, cutoff=0.5)
                 if near:
                     raise _unknown_group(group, near[0], known, inventory)
-            line = find_line(inventory, re.compile(rf"^\s*{re.escape(host)}(\s|$)", re.MULTILINE))
+            line = find_line(inventory, rf"^\s*{re.escape(host)}(\s|$)")
             where = f"only in {', '.join(of_host)}, unknown to opsctl" if of_host else "in no group"
             raise ConfigurationError(
                 "inventory.unknown_group", f"{at(inventory, line)}: {host} is {where}.",
@@ -98,8 +98,8 @@ def _check_roles(groups: Mapping[str, tuple[str, ...]], load_balancer: str, inve
                                  "packages, signed releases and the ledger.",
                                  hint="add [gateway] with one host; it may be in other groups too")
     if len(gateways) > 1:
-        raise ConfigurationError("inventory.two_gateways", f"{inventory}: {', '.join(gateways)} are in the group gateway; "
-                                 "there can be one only, as it keeps the ledger.", hint="leave one of them there")
+        raise ConfigurationError("inventory.two_gateways", f"{inventory}: {', '.join(gateways)} are in the group "
+                                 "gateway; there can be one only, as it keeps the ledger.", hint="leave one there")
     if load_balancer == "haproxy" and not groups.get("lb"):
         raise ConfigurationError("inventory.no_load_balancer", f"{inventory}: no host is in the group lb, and "
                                  "load_balancer is haproxy.",
@@ -107,6 +107,6 @@ def _check_roles(groups: Mapping[str, tuple[str, ...]], load_balancer: str, inve
 
 
 def _unknown_group(group: str, meant: str, known: Sequence[str], inventory: Path) -> ConfigurationError:
-    line = find_line(inventory, re.compile(rf"^\s*\[{re.escape(group)}(:children)?\]|^\s*{re.escape(group)}:", re.MULTILINE))
+    line = find_line(inventory, rf"^\s*\[{re.escape(group)}(:children)?\]|^\s*{re.escape(group)}:")
     return ConfigurationError("inventory.unknown_group", f"{at(inventory, line)}: {group} is an unknown group.",
                               hint=f"did you mean {meant}? opsctl knows {', '.join(known)}")

@@ -20,15 +20,19 @@ PASSWORDS = ("ansible_ssh_pass", "ansible_password", "ansible_ssh_password")
 WEAKENING = ("ansible_ssh_args", "ansible_host_key_checking", "ansible_ssh_host_key_checking", "ansible_ssh_executable",
              "ansible_ssh_transfer_method")
 # Options that opsctl writes itself; anything else in ansible_ssh_common_args is carried along.
-OWN_OPTIONS = {"hostname", "port", "user", "identityfile", "stricthostkeychecking", "userknownhostsfile", "batchmode",
-               "globalknownhostsfile", "hostkeyalias", "hashknownhosts", "controlmaster", "controlpath", "controlpersist",
-               "proxycommand", "host", "match", "include", "checkhostip", "updatehostkeys", "nohostauthenticationforlocalhost",
-               "knownhostscommand", "verifyhostkeydns"}
+OWN_OPTIONS = frozenset({
+    "batchmode", "checkhostip", "controlmaster", "controlpath", "controlpersist", "globalknownhostsfile",
+    "hashknownhosts", "host", "hostkeyalias", "hostname", "identityfile", "include", "knownhostscommand", "match",
+    "nohostauthenticationforlocalhost", "port", "proxycommand", "stricthostkeychecking", "updatehostkeys", "user",
+    "userknownhostsfile", "verifyhostkeydns",
+})
 # Everything that this file reads, so that a caller with lazy variables can fetch these only.
-READ = (*PASSWORDS, *WEAKENING, "ansible_connection", "ansible_host", "ansible_ssh_host", "ansible_port", "ansible_ssh_port",
-        "ansible_user", "ansible_ssh_user", "ansible_ssh_private_key_file", "ansible_private_key_file",
-        "ansible_ssh_common_args", "ansible_ssh_extra_args", "proxy_jump", "service_address", "management_address",
-        "gpu_uuids")
+READ = (
+    *PASSWORDS, *WEAKENING, "ansible_connection", "ansible_host", "ansible_ssh_host", "ansible_port",
+    "ansible_ssh_port", "ansible_user", "ansible_ssh_user", "ansible_ssh_private_key_file", "ansible_private_key_file",
+    "ansible_ssh_common_args", "ansible_ssh_extra_args", "proxy_jump", "service_address", "management_address",
+    "gpu_uuids",
+)
 
 
 def make_host(name: str, variables: Mapping[str, Any], groups: Sequence[str], inventory: Path) -> Host:
@@ -81,22 +85,22 @@ def check_addresses(hosts: Sequence[Host], inventory: Path) -> None:
             continue
         other = seen.setdefault((host.address, host.port), host)
         if other is not host:
-            raise ConfigurationError("inventory.same_machine", f"{inventory}: {other.name} and {host.name} are one machine: "
-                                     f"both are {host.address} port {host.port}.",
+            raise ConfigurationError("inventory.same_machine", f"{inventory}: {other.name} and {host.name} are one "
+                                     f"machine: both are {host.address} port {host.port}.",
                                      hint="list it once, in as many groups as you like; or correct ansible_host")
     _check_shared_addresses(hosts, inventory)
     _check_jumps(hosts, inventory)
 
 
 def _check_shared_addresses(hosts: Sequence[Host], inventory: Path) -> None:
-    """Ansible hands ssh an address and no name, so hosts behind one address can differ in Ansible's own settings only."""
+    """Ansible hands ssh an address and no name: hosts behind one address may differ in Ansible's own settings only."""
     by_address: dict[str, Host] = {}
     for host in hosts:
         other = by_address.setdefault(host.address, host)
         if host.connection == other.connection == "ssh" and (host.proxy_jump, host.ssh_options) != (
                 other.proxy_jump, other.ssh_options):
-            raise ConfigurationError("inventory.same_address", f"{inventory}: {other.name} and {host.name} have the same "
-                                     f"address {host.address} and are reached in different ways.",
+            raise ConfigurationError("inventory.same_address", f"{inventory}: {other.name} and {host.name} have the "
+                                     f"same address {host.address} and are reached in different ways.",
                                      hint="give each an address or a DNS name of its own in ansible_host")
 
 
@@ -133,13 +137,15 @@ def _refuse_passwords(name: str, variables: Mapping[str, Any], inventory: Path) 
             user = variables.get("ansible_user", "")
             target = f"{user}@" * bool(user) + str(variables.get("ansible_host", name))
             port = f"-p {variables['ansible_port']} " if "ansible_port" in variables else ""
-            raise ConfigurationError("inventory.password", f"{_where(key, inventory)}: {key} is set for {name}; opsctl logs in "
-                                     "by key or agent only.", hint=f"ssh-copy-id {port}{target}   and remove {key}")
+            raise ConfigurationError("inventory.password", f"{_where(key, inventory)}: {key} is set for {name}; opsctl "
+                                     "logs in by key or agent only.",
+                                     hint=f"ssh-copy-id {port}{target}   and remove {key}")
     for key in WEAKENING:
         if key in variables:
-            raise ConfigurationError("inventory.ssh_setting", f"{_where(key, inventory)}: {key} is set for {name}; it would "
-                                     "leave the one SSH configuration that all of opsctl uses.",
-                                     hint="remove it; ansible_ssh_common_args carries other options of ssh, proxy_jump a jump")
+            raise ConfigurationError("inventory.ssh_setting", f"{_where(key, inventory)}: {key} is set for {name}; it "
+                                     "would leave the one SSH configuration that all of opsctl uses.",
+                                     hint="remove it; options of ssh go into ansible_ssh_common_args, jumps into "
+                                     "proxy_jump")
 
 
 def _connection(name: str, variables: Mapping[str, Any], inventory: Path) -> Literal["ssh", "local"]:
@@ -159,7 +165,7 @@ def _port(name: str, variables: Mapping[str, Any], inventory: Path) -> int:
 
 
 def _text(name: str, variables: Mapping[str, Any], keys: Sequence[str], inventory: Path) -> str:
-    """The first of ``keys`` that is set, as text; the one template that is common, the host's own name, is filled in."""
+    """The first of ``keys`` that is set, as text; the one common template, the host's own name, is filled in."""
     for key in keys:
         if variables.get(key) not in (None, ""):
             text = re.sub(r"\{\{\s*inventory_hostname\s*\}\}", name, str(variables[key]))
@@ -167,12 +173,13 @@ def _text(name: str, variables: Mapping[str, Any], keys: Sequence[str], inventor
                 raise _wrong(name, key, text, inventory, "is computed, and is needed before anything can be computed",
                              f"{key}= with the value itself; only {{{{ inventory_hostname }}}} is filled in")
             if any(character in text for character in '"\n\r\\'):
-                raise _wrong(name, key, repr(text), inventory, "has a quote or a line break in it", f"{key}= without it")
+                raise _wrong(name, key, repr(text), inventory, "has a quote or a line break in it", "leave it out")
             return text
     return ""
 
 
-def _common_arguments(name: str, variables: Mapping[str, Any], inventory: Path) -> tuple[str, tuple[tuple[str, str], ...]]:
+def _common_arguments(name: str, variables: Mapping[str, Any], inventory: Path
+                      ) -> tuple[str, tuple[tuple[str, str], ...]]:
     """ProxyJump and the other ``-o`` options of ``ansible_ssh_common_args`` and ``ansible_ssh_extra_args``."""
     jump, options = "", []
     for key in ("ansible_ssh_common_args", "ansible_ssh_extra_args"):
@@ -180,7 +187,7 @@ def _common_arguments(name: str, variables: Mapping[str, Any], inventory: Path) 
         try:
             words = shlex.split(text)
         except ValueError as error:
-            raise _wrong(name, key, text, inventory, f"cannot be split into words ({error})", "balanced quotes") from None
+            raise _wrong(name, key, text, inventory, f"is no list of words: {error}", "close the quote") from None
         while words:
             word = words.pop(0)
             flag, rest = word[:2], word[2:] or (words.pop(0) if words else "")
@@ -197,7 +204,7 @@ def _common_arguments(name: str, variables: Mapping[str, Any], inventory: Path) 
             else:
                 hint = "proxy_jump=HOST does what most ProxyCommands do" if option.lower() == "proxycommand" else \
                     f"remove {word} {rest if rest != word[2:] else ''}".strip()
-                raise _wrong(name, key, text, inventory, "sets what opsctl sets itself, or what it cannot carry along", hint)
+                raise _wrong(name, key, text, inventory, "sets what opsctl sets itself, or cannot carry along", hint)
     return jump, tuple(options)
 
 

@@ -38,13 +38,13 @@ def read_fleet(path: Path) -> Fleet:
         raise ConfigurationError("services.missing", f"there is no services.yml beside {inventory}.",
                                  hint=f"opsctl init {inventory.parent} writes one and leaves what is there") from None
     except UnicodeDecodeError:
-        raise ConfigurationError("services.not_yaml", f"{services} is not UTF-8 text.", hint="save it as UTF-8") from None
+        raise ConfigurationError("services.not_yaml", f"{services} is not UTF-8.", hint="save it as UTF-8") from None
     raw = read_raw(inventory)
     return fleet_from_ansible(raw.hostvars, raw.groups, services_text, inventory.parent, inventory)
 
 
-def fleet_from_ansible(hostvars: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[str]], services_text: str,
-                       directory: Path, inventory: Path) -> Fleet:
+def fleet_from_ansible(hostvars: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[str]],
+                       services_text: str, directory: Path, inventory: Path) -> Fleet:
     """The fleet from Ansible's variables of each host, its groups (each with all its hosts), and a services.yml's text.
 
     Raises:
@@ -56,9 +56,9 @@ def fleet_from_ansible(hostvars: Mapping[str, Mapping[str, Any]], groups: Mappin
     choices = {key: _choice(key, hostvars, inventory) for key in CHOICES}
     services = read_services(services_text, directory / "services.yml")
     check_groups(tuple(hostvars), members, services, choices["load_balancer"], inventory, directory / "services.yml")
+    users = {group: inside for group, inside in members.items() if group not in ANSIBLES_OWN}
     hosts = tuple(
-        make_host(name, versions_as_text(variables),
-                  [group for group, inside in members.items() if name in inside and group not in ANSIBLES_OWN], inventory)
+        make_host(name, versions_as_text(variables), [group for group in users if name in users[group]], inventory)
         for name, variables in hostvars.items())
     check_addresses(hosts, inventory)
     fleet = Fleet(directory=directory, inventory=inventory, hosts=hosts, services=services,

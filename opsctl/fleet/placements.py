@@ -124,8 +124,8 @@ def clashes(fleet: Fleet) -> None:
                 first, second = listeners[:2]
                 keys = [listener.key for listener in (first, second) if listener.key]
                 raise ConfigurationError(
-                    "services.port_clash", f"{fleet.services_file}: {first.what} and {second.what} would both listen on "
-                    f"port {port} of {host.name} ({' and '.join(dict.fromkeys(keys))}).",
+                    "services.port_clash", f"{fleet.services_file}: {first.what} and {second.what} would both listen "
+                    f"on port {port} of {host.name} ({' and '.join(dict.fromkeys(keys))}).",
                     hint="opsctl itself uses 8480, 9090, 9093, 9400, 9777 and 3000; a free range a service, such as "
                          "8100, 8200 for port and 8000, 8001 for listen, keeps clear of all")
 

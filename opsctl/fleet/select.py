@@ -1,4 +1,4 @@
-"""Host patterns as Ansible's ``--limit``: names, groups, globs, ``~regex``, ``a:b`` or ``a,b``, ``!not``, ``&and``, ``gpu[0:1]``."""
+"""Host patterns as Ansible's ``--limit``: names, groups, globs, ``~regex``, ``a,b``, ``!not``, ``&and``, ``gpu[0]``."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Key:
     """One key of a service, as the example has it."""
 
     name: str
-    type: type
+    kind: type
     line: str  # the example's own line, comment included
 
 
@@ -91,20 +91,21 @@ def _check_key(service: str, key: str, value: Any, where: str) -> None:
         near = difflib.get_close_matches(key, schema(), n=1, cutoff=0.6)
         raise ConfigurationError("services.unknown_key", f"{where}: {service} has a key {key}, which opsctl does not "
                                  "know.", hint=f"did you mean {near[0]}?" if near else "keys: " + ", ".join(schema()))
-    if type(value) is not known.type:
+    wanted = known.kind
+    if type(value) is not wanted:  # and not isinstance: True is no number here
         shown = "empty" if value is None else "a mapping" if isinstance(value, Block) else repr(value)
-        hint = f'put it in quotes: {key}: "{value}"' if known.type is str and isinstance(value, int | float) else \
+        hint = f'put it in quotes: {key}: "{value}"' if wanted is str and isinstance(value, int | float) else \
             f"as in the example: {known.line}"
         raise ConfigurationError("services.wrong_type", f"{where}: {key} of {service} is {shown}; it must be "
-                                 f"{TYPE_WORDS[known.type]}.", hint=hint)
-    if key in RANGES:
+                                 f"{TYPE_WORDS[wanted]}.", hint=hint)
+    if key in RANGES and isinstance(value, int):
         lowest, highest = RANGES[key]
         if not lowest <= value <= highest:
             raise ConfigurationError("services.out_of_range", f"{where}: {key} of {service} is {value}; it must be "
                                      f"between {lowest} and {highest}.", hint=f"as in the example: {known.line}")
     pattern = {"first_release": RELEASE_NAME, "group": GROUP_NAME}.get(key)
-    if pattern and not pattern.fullmatch(value):
-        raise ConfigurationError("services.bad_value", f"{where}: {key} of {service} is {value!r}, which cannot be a name.",
+    if pattern and not pattern.fullmatch(str(value)):
+        raise ConfigurationError("services.bad_value", f"{where}: {key} of {service} is {value!r}, which is no name.",
                                  hint=f"as in the example: {known.line}")
 
 
@@ -114,6 +115,6 @@ def _check_parallelism(service: Service, block: Block, path: Path) -> None:
     line = block.lines.get("tensor_parallel", block.lines.get("gpus_per_instance", block.line))
     if (gpus == 0 and split != 1) or (gpus and gpus % split):
         raise ConfigurationError(
-            "services.inconsistent", f"{path}:{line}: {service.name} splits its model over tensor_parallel: {split} GPUs, "
-            f"and gpus_per_instance: {gpus} cannot be dealt that way.",
+            "services.inconsistent", f"{path}:{line}: {service.name} splits its model over tensor_parallel: {split} "
+            f"GPUs, and gpus_per_instance: {gpus} cannot be dealt that way.",
             hint="tensor_parallel: 1 without GPUs; else gpus_per_instance is tensor_parallel or a multiple of it")

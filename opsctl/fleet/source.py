@@ -12,10 +12,10 @@ def at(path: Path, line: int) -> str:
     return f"{path}:{line}" if line else str(path)
 
 
-def find_line(path: Path, pattern: re.Pattern[str]) -> int:
-    """The number of the first line on which ``pattern`` (multi-line) matches; 0 when there is none."""
+def find_line(path: Path, pattern: str) -> int:
+    """The number of the first line that matches (``^`` and ``$`` are a line's ends); 0 when there is none."""
     text = text_of(path)
-    match = pattern.search(text)
+    match = re.search(pattern, text, re.MULTILINE)
     return text.count("\n", 0, match.start()) + 1 if match else 0
 
 

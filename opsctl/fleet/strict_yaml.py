@@ -1,4 +1,4 @@
-"""YAML as mappings of scalars with the line of each key, refusing what YAML lets slip: keys given twice, anchors' merges."""
+"""YAML as mappings with the line of each key; a key given twice, which YAML lets slip, is refused."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def read_blocks(text: str, name: str) -> Block:
         if node is None:
             return Block(line=1)
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigurationError("services.not_a_mapping", f"{name}:{_line(node)}: a service's name and a colon are "
-                                     "expected here.", hint="chat: and its keys indented below it")
+            raise ConfigurationError("services.not_a_mapping", f"{name}:{_line(node)}: a service's name and a colon "
+                                     "are expected here.", hint="chat: and its keys indented below it")
         return _block(loader, node, name)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -52,16 +52,16 @@ def _block(loader: yaml.SafeLoader, node: yaml.MappingNode, name: str) -> Block:
     values: dict[str, Any] = {}
     lines: dict[str, int] = {}
     for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
-            raise ConfigurationError("services.bad_key", f"{name}:{_line(key_node)}: the key {key_node.value} is read as "
-                                     f"{key!r}, not as text.", hint=f'put it in quotes: "{key_node.value}":')
+            raise ConfigurationError("services.bad_key", f"{name}:{_line(key_node)}: the key {key_node.value} is read "
+                                     f"as {key!r}, not as text.", hint=f'put it in quotes: "{key_node.value}":')
         if key in lines:
-            raise ConfigurationError("services.duplicate_key", f"{name}:{_line(key_node)}: {key} is given a second time; "
-                                     f"the first is on line {lines[key]}.", hint="remove one of the two")
+            raise ConfigurationError("services.duplicate_key", f"{name}:{_line(key_node)}: {key} is given a second "
+                                     f"time; the first is on line {lines[key]}.", hint="remove one of the two")
         lines[key] = _line(key_node)
         values[key] = (_block(loader, value_node, name) if isinstance(value_node, yaml.MappingNode)
-                       else loader.construct_object(value_node, deep=True))  # type: ignore[no-untyped-call]
+                       else loader.construct_object(value_node, deep=True))
     return Block(_line(node), values, lines)
 
 

@@ -1,7 +1,7 @@
 """Pinning host keys: ask the machines, compare with what is pinned and what the operator knows, write known_hosts.
 
-``compare`` and ``read_fingerprints`` decide and are pure; ``scan`` asks one machine and logs in nowhere but at the jumps
-on the way, whose keys have to be pinned before.
+``compare`` and ``read_fingerprints`` decide and are pure; ``scan`` asks one machine and logs in nowhere but at the
+jumps on the way, whose keys have to be pinned before.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Target:
     name: str
     address: str
     port: int
-    jumps: tuple[str, ...] = ()  # the machines through which it is reached, the first one first, as ProxyJump names them
+    jumps: tuple[str, ...] = ()  # through which it is reached, the first one first, as ProxyJump names them
 
     @property
     def pin_name(self) -> str:
@@ -111,9 +111,9 @@ def split_hop(hop: str) -> tuple[str, int]:
 
 
 def read_fingerprints(text: str, path: Path) -> dict[str, set[str]]:
-    """``host SHA256:...`` a line; the host by its inventory name or address, several lines a host if it has several keys.
+    """``host SHA256:...`` a line, the host by its inventory name or address; several lines for a host's several keys.
 
-    The output of ``ssh-keygen -l`` (``256 SHA256:... root@gpu-1 (ED25519)``) is no such line: it does not say which host.
+    What ``ssh-keygen -l`` prints (``256 SHA256:... root@gpu-1 (ED25519)``) is no such line: its host is a comment.
 
     Raises:
         ConfigurationError: ``trust.bad_fingerprints``; the message names the line.
@@ -184,8 +184,9 @@ def refusal(findings: Sequence[Finding], known_hosts: Path) -> RefusedError | No
                 f"{finding.pinned.key.fingerprint}: it is another machine, or one that was installed anew.",
                 hint=f"if that is so and {shown} is right: opsctl trust --replace {name}")
         if finding.verdict is Verdict.MISMATCH:
-            return RefusedError("trust.mismatch", f"{name} shows the host key {shown}, and the file of fingerprints says "
-                                f"{finding.problem}.", hint="someone may stand between: look on the machine's own console")
+            return RefusedError("trust.mismatch", f"{name} shows the host key {shown}, and the file of fingerprints "
+                                f"says {finding.problem}.",
+                                hint="someone may stand between: look on the machine's own console")
         if finding.verdict is Verdict.UNLISTED:
             return RefusedError("trust.unlisted", f"the file of fingerprints says nothing of {name} "
                                 f"({finding.target.pin_name}).", hint=f"add the line, if it is right: {name} {shown}")
@@ -220,8 +221,8 @@ def scan(fleet: Fleet, target: Target, every: bool) -> tuple[HostKey, ...]:
             if not every:
                 break
     if not found:
-        raise RefusedError("host.unreachable", f"{target.name}: {target.pin_name} shows no host key of a type that opsctl "
-                           "knows.", hint=f"ssh-keyscan -p {target.port} {target.address}")
+        raise RefusedError("host.unreachable", f"{target.name}: {target.pin_name} shows no host key of a type that "
+                           "opsctl knows.", hint=f"ssh-keyscan -p {target.port} {target.address}")
     return tuple(found)
 
 
@@ -244,7 +245,7 @@ def _scan_type(fleet: Fleet, target: Target, asked: str) -> HostKey | None:
 
 @contextmanager
 def _wire(fleet: Fleet, target: Target) -> Iterator[tuple[socket.socket, Callable[[], str]]]:
-    """A socket to the machine's SSH port, and what to ask when it breaks; behind jumps, ``ssh -W`` is at its other end."""
+    """A socket to the machine's SSH port, and whom to ask when it breaks; behind jumps, ``ssh -W`` is its other end."""
     if not target.jumps:
         try:
             connected = socket.create_connection((target.address, target.port), timeout=CONNECT_TIMEOUT_S)
@@ -254,7 +255,7 @@ def _wire(fleet: Fleet, target: Target) -> Iterator[tuple[socket.socket, Callabl
             yield connected, lambda: ""
         return
     ours, theirs = socket.socketpair()
-    process = subprocess.Popen(jump_command(fleet.ssh_config, target), stdin=theirs, stdout=theirs,
+    process = subprocess.Popen(jump_command(fleet.ssh_config, target), stdin=theirs.fileno(), stdout=theirs.fileno(),
                                stderr=subprocess.PIPE, text=True, errors="replace")
     theirs.close()
 

@@ -1,4 +1,4 @@
-"""Versions are text. YAML and INI turn an unquoted 12.10 into the number 12.1: refused, with the line to write instead."""
+"""Versions are text. INI and YAML make an unquoted 12.10 the number 12.1: refused, with the line to write instead."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def holds_version(name: str) -> bool:
     return not name.startswith("ansible_") and (VERSION in name.lower() or last_word in VERSION_WORDS)
 
 
-def version_values(variables: Mapping[str, Any], inside: str = "", above: bool = False) -> Iterator[tuple[str, str, Any]]:
+def version_values(variables: Mapping[str, Any], inside: str = "", above: bool = False
+                   ) -> Iterator[tuple[str, str, Any]]:
     """Every plain value that should be a version, also in mappings and lists: path (``stack.cuda``), key, value."""
     for key, value in variables.items():
         path, wanted = f"{inside}{key}", above or holds_version(str(key))
@@ -50,10 +51,10 @@ def check_versions(host: str, variables: Mapping[str, Any], inventory: Path) -> 
         if isinstance(value, float) and not isinstance(value, bool):
             raise _float_version(host, path, key, value, inventory)
         if isinstance(value, str) and len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
-            found = _find(key, inventory, lambda text, value=value: value in text)  # type: ignore[misc]
+            found = _find(key, inventory, lambda text, value=value: value in text)
             raise ConfigurationError(
-                "inventory.quoted_version", f"{at(found.path, found.line)}: {path}={value} on {host} has quotes as part "
-                "of its text.", hint=f"in a [...:vars] section one pair is right: {key}={value[1:-1]!r}")
+                "inventory.quoted_version", f"{at(found.path, found.line)}: {path}={value} on {host} has quotes as "
+                "part of its text.", hint=f"in a [...:vars] section one pair is right: {key}={value[1:-1]!r}")
 
 
 def versions_as_text(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,7 +95,8 @@ def _float_version(host: str, path: str, key: str, value: float, inventory: Path
 
 def _find(key: str, inventory: Path, is_it: Any) -> _Found:
     """Where a variable got its value: the first assignment to it whose text ``is_it``."""
-    assignment = re.compile(rf"(?:^|[\s{{,])[\"']?{re.escape(key)}[\"']?\s*(?P<sign>[=:])\s*(?P<text>'[^']*'|\"[^\"]*\"|[^\s#,}}]+)")
+    assignment = re.compile(rf"(?:^|[\s{{,])[\"']?{re.escape(key)}[\"']?\s*[=:]\s*"
+                            r"(?P<text>'[^']*'|\"[^\"]*\"|[^\s#,}]+)")
     for path in inventory_files(inventory):
         section, in_yaml = "", path.suffix in (".yml", ".yaml") or path != inventory
         for number, line in enumerate(text_of(path).splitlines(), start=1):
