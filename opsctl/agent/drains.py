@@ -1,4 +1,4 @@
-"""Why an instance gets less traffic: a file an owner in ``/var/lib/opsctl/drains/<instance>/``; the least weight wins."""
+"""Why an instance gets less traffic: one file an owner in ``/var/lib/opsctl/drains/<instance>/``; the least wins."""
 
 from __future__ import annotations
 

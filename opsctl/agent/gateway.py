@@ -46,7 +46,7 @@ def begin(paths: Paths, body: bytes) -> dict[str, Any]:
         document = json.loads(body)
         manifest, signature = (base64.b64decode(document[key], validate=True) for key in ("manifest", "signature"))
     except (ValueError, KeyError, TypeError, binascii.Error):
-        raise UsageError("gateway.bad_input", "release-begin wants a JSON document with manifest and signature.") from None
+        raise UsageError("gateway.bad_input", "release-begin wants JSON with manifest and signature.") from None
     signed = trust.verify(manifest, signature, paths.allowed_signers, "the release sent to the gateway")
     service = signed.release.service
     answer = {"service": service, "release": signed.directory_name, "needed": []}
@@ -111,8 +111,8 @@ def accept(paths: Paths, service: str, release: str) -> dict[str, Any]:
     Raises:
         RefusedError: not all of it is here, or some of it is wrong.
     """
-    releases = paths.gateway_releases / service
-    target = releases / release
+    releases = paths.gateway_releases / _service(service)
+    target = releases / _release(release)
     if target.is_dir():
         trust.read_signed(target, paths.allowed_signers)
         return {"changed": False, "release": release}
@@ -131,8 +131,8 @@ def accept(paths: Paths, service: str, release: str) -> dict[str, Any]:
 
 
 def releases(paths: Paths, service: str) -> dict[str, Any]:
-    return {"service": service,
-            "releases": [stored.as_document() for stored in stored_releases(paths.gateway_releases / service)]}
+    found = stored_releases(paths.gateway_releases / _service(service))
+    return {"service": service, "releases": [stored.as_document() for stored in found]}
 
 
 def show_ledger(paths: Paths, service: str) -> dict[str, Any]:
@@ -179,12 +179,18 @@ def _ledger(paths: Paths, service: str) -> Path:
 
 
 def _incoming(paths: Paths, service: str, release: str) -> Path:
-    return paths.gateway_releases / _service(service) / INCOMING / manifests.check_name(release)
+    return paths.gateway_releases / _service(service) / INCOMING / _release(release)
 
 
 def _service(name: str) -> str:
     if not manifests.SERVICE.fullmatch(name):
         raise UsageError("gateway.bad_service", f"{name!r} is not the name of a service.")
+    return name
+
+
+def _release(name: str) -> str:
+    if not manifests.FOLDER.fullmatch(name):
+        raise UsageError("gateway.bad_release", f"{name!r} is not VERSION-DIGEST12.")
     return name
 
 

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from opsctl.agent import audit, first_start, gateway, job, stage
-from opsctl.agent.manifest import split_directory_name
+from opsctl.agent.manifest import FOLDER, SERVICE, split_directory_name
 from opsctl.agent.paths import Paths
 from opsctl.agent.settings import read_settings
 from opsctl.agent.state import agent_version, state
-from opsctl.errors import ExitCode, OpsctlError, RefusedError, UsageError
+from opsctl.errors import ExitCode, OpsctlError, RefusedError
 
 FOR_EVER_S = 7 * 24 * 3600.0
 
@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise RefusedError("host.needs_root", f"opsctl-host {arguments.verb} changes this host and needs root.",
                                hint=f"sudo opsctl-host {arguments.verb} ...")
         if arguments.audited:
-            audit.record(arguments.verb, {key: value for key, value in vars(arguments).items() if key not in NOT_AUDITED})
+            what = {key: value for key, value in vars(arguments).items() if key not in NOT_AUDITED}
+            audit.record(arguments.verb, what)
         _print(arguments.act(Paths(), arguments))
     except OpsctlError as error:
         _print({"error": error.as_document(), "exit_code": int(error.exit_code)})
@@ -52,10 +53,7 @@ def _state(paths: Paths, _: Arguments) -> dict[str, Any]:
 
 
 def _stage(paths: Paths, arguments: Arguments) -> dict[str, Any]:
-    version, digits = split_directory_name(arguments.release)
-    if not digits:
-        raise UsageError("host.bad_release", f"{arguments.release} is not VERSION-DIGEST12.",
-                         hint="opsctl-host releases lists them")
+    version, _ = split_directory_name(arguments.release)
     read_settings(paths)
     name = stage.job_name(arguments.service, version)
     if stage.is_staged(paths, arguments.service, arguments.release):
@@ -165,8 +163,8 @@ def _parser() -> argparse.ArgumentParser:
         return one
 
     def release_of(one: argparse.ArgumentParser) -> None:
-        one.add_argument("--service", required=True)
-        one.add_argument("--release", required=True, metavar="VERSION-DIGEST12")
+        one.add_argument("--service", required=True, type=_service)
+        one.add_argument("--release", required=True, type=_folder, metavar="VERSION-DIGEST12")
 
     def waiting(one: argparse.ArgumentParser, default: float) -> None:
         one.add_argument("--wait-s", type=float, default=default, metavar="SECONDS",
@@ -182,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     waiting(one, 0)
     one = verb("first-start", _first_start, "start an instance that has never served, as a unit of its own; watch it")
     one.add_argument("instance")
-    one.add_argument("--release", required=True, metavar="VERSION-DIGEST12")
+    one.add_argument("--release", required=True, type=_folder, metavar="VERSION-DIGEST12")
     waiting(one, FOR_EVER_S)
     one = verb("first-start-status", _first_start_status, "how far a first start is", acts=False)
     one.add_argument("instance")
@@ -190,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     release_of(verb("work-stage", _work_stage, "what the unit of stage runs", audited=False))
     one = verb("work-first-start", _work_first_start, "what the unit of first-start runs", audited=False)
     one.add_argument("instance")
-    one.add_argument("--release", required=True, metavar="VERSION-DIGEST12")
+    one.add_argument("--release", required=True, type=_folder, metavar="VERSION-DIGEST12")
     verb("release-begin", _begin, "gateway: take a manifest and signature on stdin; say which files are missing")
     one = verb("receive", _receive, "gateway: append stdin to a file of a release on its way", audited=False)
     release_of(one)
@@ -198,17 +196,29 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--offset", required=True, type=int, metavar="BYTES")
     release_of(verb("release-accept", _accept, "gateway: check everything and give the release its name"))
     verb("releases", _releases, "gateway: the releases of a service", acts=False).add_argument(
-        "--service", required=True)
+        "--service", required=True, type=_service)
     verb("ledger-show", _ledger_show, "gateway: the ledger of a service", acts=False).add_argument(
-        "--service", required=True)
+        "--service", required=True, type=_service)
     one = verb("ledger-append", _ledger_append, "gateway: say which release the fleet should serve")
-    one.add_argument("--service", required=True)
+    one.add_argument("--service", required=True, type=_service)
     one.add_argument("--version", required=True)
     one.add_argument("--digest", required=True, metavar="SHA256")
     one.add_argument("--after", required=True, type=int, metavar="N", help="lines that the writer has seen")
     for name in ("by", "run", "note"):
         one.add_argument(f"--{name}", default="")
     return parser
+
+
+def _service(text: str) -> str:
+    if not SERVICE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a service")
+    return text
+
+
+def _folder(text: str) -> str:
+    if not FOLDER.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not VERSION-DIGEST12")
+    return text
 
 
 def _print(document: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ def check(lines: Sequence[Line], line: Line) -> None:
         raise RefusedError("ledger.inconsistent", f"digest {line.digest!r} is no sha256.", hint="the 64 hex digits")
     for earlier in lines:
         if earlier.version == line.version and earlier.digest != line.digest:
-            raise RefusedError("ledger.inconsistent", f"version {line.version} is in line {earlier.number} of the ledger "
+            raise RefusedError("ledger.inconsistent", f"line {earlier.number} of the ledger has version {line.version} "
                                "with another digest.", hint="a version name is taken once: import under another")
 
 

@@ -18,7 +18,8 @@ from opsctl.errors import RefusedError
 from opsctl.serving.adapter import Value
 
 SCHEMA = "opsctl.release/v1"
-NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
+NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,39}")
+FOLDER = re.compile(rf"{NAME.pattern}-[0-9a-f]{{12}}")
 SERVICE = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 PYTHON = re.compile(r"(>=)?3\.\d+")
@@ -103,7 +104,7 @@ def directory_name(version: str, manifest_digest: str) -> str:
 def split_directory_name(name: str) -> tuple[str, str]:
     """``v1-0123456789ab`` -> version and the first 12 digits of its digest; digits empty when it is no such name."""
     version, _, digits = name.rpartition("-")
-    return (version, digits) if version and re.fullmatch(r"[0-9a-f]{12}", digits) else (name, "")
+    return (version, digits) if FOLDER.fullmatch(name) else (name, "")
 
 
 def check_name(version: str) -> str:

@@ -64,9 +64,7 @@ def read_signed(directory: Path, allowed_signers: Path) -> Signed:
     Raises:
         RefusedError: as ``verify``; also when it is no release or lies under another's name.
     """
-    what = f"release {directory.parent.name}/{directory.name}"
-    if directory.parent.name == "releases":
-        what = f"release {directory.parent.parent.name}/{directory.name}"
+    what = f"release {directory.name}"
     try:
         manifest = (directory / manifests.MANIFEST).read_bytes()
     except OSError:

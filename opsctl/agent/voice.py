@@ -1,7 +1,8 @@
 """What the agent tells the load balancer of an instance. Pure.
 
 Only ever ``up N%`` or ``down #reason``, with a newline: ``drain``, ``maint`` and ``ready`` are the operator's words,
-and ``ready`` would undo the operator's drain each second. Without the blank before ``#``, HAProxy does not read ``down``.
+and ``ready`` would undo the operator's drain each second. Without the blank before ``#`` HAProxy does not read
+``down``.
 """
 
 from __future__ import annotations
