@@ -149,12 +149,12 @@ def model(
 
 def _table(labs: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("LAB", "MACHINE", "GROUPS", "STATE", "ADDRESS", "LOGIN", "DISK"):
+    for column in ("LAB", "MACHINE", "STATE", "ADDRESS", "LOGIN", "DISK"):
         table.add_column(column, no_wrap=True)
     for lab in labs:
         for machine in lab["machines"]:
             login = machine["user"] + (f" via {machine['proxy_jump']}" if machine["proxy_jump"] else "")
             style = {"running": "green", "off": "red", "unprepared": "yellow"}[machine["state"]]
-            table.add_row(lab["name"], machine["name"], ",".join(machine["groups"]), f"[{style}]{machine['state']}[/]",
-                          machine["address"], login, f"{machine['disk_bytes'] / 1e6:.0f} MB")
+            table.add_row(lab["name"], machine["name"], f"[{style}]{machine['state']}[/]", machine["address"], login,
+                          f"{machine['disk_bytes'] / 1e6:.0f} MB")
     return table

@@ -33,19 +33,13 @@ def _hierarchies() -> tuple[Path, ...]:
 
 
 def create(lab: str, machine: str) -> tuple[Path, ...]:
-    """The machine's cgroups; none where systemd makes them."""
+    """The machine's cgroups, to be entered before nspawn starts; none where systemd makes them."""
     if systemd_runs_here():
         return ()
     found = tuple(_of_lab(hierarchy, lab) / machine for hierarchy in _hierarchies())
     for directory in found:
         directory.mkdir(parents=True, exist_ok=True)
     return found
-
-
-def enter(directories: tuple[Path, ...]) -> None:
-    """Moves the calling process; for the moment between fork and exec."""
-    for directory in directories:
-        (directory / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def remove(lab: str) -> None:

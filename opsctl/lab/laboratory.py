@@ -20,6 +20,7 @@ from opsctl.errors import RefusedError, UsageError
 from opsctl.lab import cgroups, fleet_files, layers, machines, network, state
 from opsctl.lab.base import SUITES, ensure_base
 from opsctl.lab.commands import run
+from opsctl.lab.mounts import unmount_below
 from opsctl.lab.requirements import require
 from opsctl.lab.state import Lab, Machine
 from opsctl.lab.subnets import choose_subnet
@@ -64,12 +65,11 @@ def up(name: str, gpu_hosts: int, fleet: Path | None, suite: str, emit: Emit) ->
             _check_same(lab, gpu_hosts, fleet, suite)
         if lab.base is None or not lab.base.is_dir():
             lab = state.save(dataclasses.replace(lab, base=ensure_base(suite, emit)))
-        network.create_bridge(lab.bridge, lab.host_address, lab.subnet.prefixlen)
         lab = _prepare(lab, emit)
         wanted = tuple(machine.name for machine in lab.machines if machine.condition != "running")
         lab = _boot(lab, wanted, emit)
         if wanted and network.bridged_traffic_is_filtered() and not _machines_reach_each_other(lab):
-            emit(Note("the firewall of this computer (Docker's, most likely) keeps the machines from each other; mend it: "
+            emit(Note("this computer's firewall (Docker's, most likely) keeps the machines from each other; mend it: "
                       f"iptables -I FORWARD -i {lab.bridge} -o {lab.bridge} -j ACCEPT", "warning"))
         return Brought(lab, wanted)
 
@@ -112,6 +112,7 @@ def _prepare(lab: Lab, emit: Emit) -> Lab:
     emit(PhaseStarted(f"Lab {lab.name}: {SUITES[lab.suite]}, {lab.subnet}, fleet directory {lab.fleet}",
                       tuple(machine.name for machine in lab.machines)))
     login_key = fleet_files.write_fleet(lab)
+    layers.share(lab.places)
     for machine in lab.machines:
         if not machine.prepared:
             lab.place(machine).mkdir(parents=True, exist_ok=True)
@@ -141,6 +142,7 @@ def _boot(lab: Lab, names: Iterable[str], emit: Emit) -> Lab:
     if not names:
         return lab
     _make_room_for_watches(emit)
+    layers.share(lab.places)
     network.create_bridge(lab.bridge, lab.host_address, lab.subnet.prefixlen)
     started = time.monotonic()
     for name in names:
@@ -185,7 +187,10 @@ def down(name: str, *, keep_fleet: bool, emit: Emit) -> tuple[str, ...]:
         lab = state.load(name)
         if lab is not None:
             for machine in lab.machines:
-                lab = state.save(lab.with_machine(machines.kill(lab, machine)))
+                lab = state.save(lab.with_machine(machines.end(lab, machine)))
+            unmount_below(lab.directory)  # now that no machine is left that could hold another's disk
+            for machine in lab.machines:
+                layers.unmount(lab.place(machine))
             network.remove(lab.bridge)
             cgroups.remove(lab.name)
             if not keep_fleet:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+import time
 from pathlib import Path
 
 from opsctl.errors import OpsctlError
 from opsctl.lab.commands import run
-from opsctl.lab.mounts import mounts, unmount_below
+from opsctl.lab.mounts import POLL_S, UNMOUNT_DEADLINE_S, mounts, unmount_below
+from opsctl.lab.processes import all_processes, arguments
 
 IMAGE_BYTES = 16 * 1024**3  # sparse: takes what is written, 8 MB when new
 EXT4_IOC_SHUTDOWN = 0x8004587D  # _IOR('X', 125, __u32), fs/ext4/ext4.h
@@ -43,6 +45,20 @@ def create(place: Path) -> None:
     run(["mkfs.ext4", "-q", "-F", "-m", "0", "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard", image(place)])
 
 
+def share(directory: Path) -> None:
+    """Makes a directory a mount whose mounts and unmounts reach every machine.
+
+    A machine starts with a hidden copy of all mounts that this computer has then. Where / is not shared (no systemd),
+    a copy would stay as long as the machine: another's disk would never really be unmounted, and a lost one come back
+    as the dead file system that it was.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if directory not in {seen.point for seen in mounts()}:
+        run(["mount", "--bind", directory, directory])
+        run(["mount", "--make-private", directory])
+        run(["mount", "--make-shared", directory])
+
+
 def mount(place: Path, base: Path) -> None:
     """Mounts disk and overlay, each only if it is not yet; an interrupted disk recovers by its journal here."""
     mounted = {seen.point for seen in mounts()}
@@ -59,7 +75,36 @@ def mount(place: Path, base: Path) -> None:
 
 
 def unmount(place: Path) -> None:
+    """Unmounts disk and overlay, and waits until the kernel has let go of the image.
+
+    Raises:
+        OpsctlError: ``lab.busy``: something still holds it.
+    """
     unmount_below(place)
+    deadline = time.monotonic() + UNMOUNT_DEADLINE_S
+    while _is_attached(image(place)):
+        if time.monotonic() > deadline:
+            raise OpsctlError("lab.busy", f"{image(place)} is unmounted here and still in use by {_who_sees(layer(place))}.",
+                              hint="end that, then the same command again")
+        time.sleep(POLL_S)
+
+
+def _is_attached(path: Path) -> bool:
+    """Whether a loop device has the file."""
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        try:
+            if backing.read_text().strip() == str(path):
+                return True
+        except OSError:
+            continue  # it has just been detached
+    return False
+
+
+def _who_sees(point: Path) -> str:
+    """Processes in whose mount namespaces a mount is, for a message."""
+    found = [f"pid {process.pid} ({' '.join(arguments(process))[:80]})" for process in all_processes()
+             if any(seen.point == point for seen in mounts(process.pid))]
+    return ", ".join(found[:3]) or "a container or unshare(1) that was started meanwhile"
 
 
 def lose_power(place: Path) -> None:

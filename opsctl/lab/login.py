@@ -12,8 +12,8 @@ from opsctl.lab.state import Lab
 
 
 def ssh_argv(lab: Lab, host: str, command: Sequence[str]) -> list[str]:
-    """The ssh vector for a machine and a command there: none is a login, one word is a line for the shell there, as with
-    ssh itself, and several are an argument vector.
+    """The ssh vector for a machine and a command there: none is a login, one word is a line for its shell (as with ssh
+    itself), several are an argument vector.
 
     Raises:
         UsageError: the lab has no such machine.
@@ -25,7 +25,7 @@ def ssh_argv(lab: Lab, host: str, command: Sequence[str]) -> list[str]:
 
 
 def _configuration(fleet: Path) -> Path:
-    """The fleet's ssh_config; written anew only when the inventory is newer, for another user may own it (sudo)."""
+    """The fleet's ssh_config; written anew only when the inventory is newer: another user may own it (sudo)."""
     inventory, written = fleet / "inventory.ini", fleet / ".opsctl" / "ssh_config"
     if written.exists() and inventory.exists() and written.stat().st_mtime_ns >= inventory.stat().st_mtime_ns:
         return written

@@ -26,6 +26,7 @@ CONSOLE_LINES = 15
 STOP_DEADLINE_S = 90.0  # systemd's own: after it, units are killed
 END_DEADLINE_S = 10.0
 POWER_OFF = signal.SIGRTMIN + 4  # systemd(1): starts poweroff.target
+KEEP_BOOTED = Path(__file__).with_name("keep-booted.sh")
 NSPAWN_STATE = Path("/run/systemd/nspawn")
 OPERATOR = "operator"  # a group of this name is part of every Debian
 
@@ -110,16 +111,15 @@ def boot(lab: Lab, machine: Machine) -> Machine:
     place = lab.place(machine)
     layers.mount(place, lab.base)
     network.remove(network.link_of(lab.number, machine.name))  # left by a computer that crashed
-    groups = cgroups.create(lab.name, machine.name)
     environment = tool_environment()
     if not cgroups.is_unified():
         environment["SYSTEMD_NSPAWN_UNIFIED_HIERARCHY"] = "1"
+    argv = ["/bin/sh", str(KEEP_BOOTED), *map(str, cgroups.create(lab.name, machine.name)), "--",
+            *nspawn_argv(lab, machine, keep_unit=not cgroups.systemd_runs_here())]
     with console_log(place).open("wb") as console:
-        process = subprocess.Popen(
-            nspawn_argv(lab, machine, keep_unit=not cgroups.systemd_runs_here()),
-            stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, start_new_session=True,
-            env=environment, preexec_fn=lambda: cgroups.enter(groups))  # noqa: PLW1509 - the lab starts no threads
-    return replace(machine, nspawn=identify(process.pid), init=None)
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT,
+                                   start_new_session=True, env=environment)
+    return replace(machine, keeper=identify(process.pid), init=None)
 
 
 def wait_until_up(lab: Lab, machine: Machine, deadline: float) -> Machine:
@@ -135,7 +135,7 @@ def wait_until_up(lab: Lab, machine: Machine, deadline: float) -> Machine:
         init = find_init(machine)
         if init and _sshd_answers(machine.address) and not _logins_are_refused(init):
             return replace(machine, init=init)
-        if not (machine.nspawn and machine.nspawn.alive):
+        if not (machine.keeper and machine.keeper.alive):
             raise OpsctlError("lab.boot_failed", f"the machine {machine.name} of lab {lab.name} ended while it booted.",
                               hint=f"its console: {console_log(lab.place(machine))}; opsctl lab down removes the lab",
                               log_tail=console_tail(lab.place(machine)))
@@ -157,10 +157,12 @@ def console_tail(place: Path) -> tuple[str, ...]:
 
 
 def find_init(machine: Machine) -> Process | None:
-    """The machine's init now: a machine that rebooted by itself has another than it was booted with."""
-    found = children(machine.nspawn) if machine.nspawn and machine.nspawn.alive else ()
-    if found:
-        return found[0]
+    """The machine's init now, below keeper and nspawn: after a reboot it is another than it was booted with."""
+    if machine.keeper and machine.keeper.alive:
+        for nspawn in children(machine.keeper):
+            for init in children(nspawn):
+                return init
+        return None
     return machine.init if machine.init and machine.init.alive else None
 
 
@@ -186,7 +188,7 @@ def power_off(lab: Lab, machine: Machine) -> Machine:
     init = find_init(machine)
     if init:
         send(init, POWER_OFF)
-        if machine.nspawn and not wait_gone(machine.nspawn, STOP_DEADLINE_S):
+        if machine.keeper and not wait_gone(machine.keeper, STOP_DEADLINE_S):
             raise OpsctlError("lab.stop_stuck", f"the machine {machine.name} did not stop in {STOP_DEADLINE_S:.0f} s.",
                               hint=f"opsctl lab power-cut {machine.name} --name {lab.name}",
                               log_tail=console_tail(lab.place(machine)))
@@ -201,7 +203,14 @@ def cut_power(lab: Lab, machine: Machine) -> Machine:
 
 
 def kill(lab: Lab, machine: Machine) -> Machine:
-    """Ends whatever is left of a machine, and unmounts its disk.
+    """Ends whatever is left of a machine, and unmounts its disk."""
+    ended = end(lab, machine)
+    layers.unmount(lab.place(machine))
+    return ended
+
+
+def end(lab: Lab, machine: Machine) -> Machine:
+    """Ends all processes of a machine and removes its cable; the disk stays mounted.
 
     Finds processes by what they are too, not only by what was recorded: a command may have died before it could.
     """
@@ -210,19 +219,18 @@ def kill(lab: Lab, machine: Machine) -> Machine:
     if init:
         send(init, signal.SIGKILL)
         wait_gone(init, END_DEADLINE_S)
-    if machine.nspawn:
-        wait_gone(machine.nspawn, END_DEADLINE_S)
+    if machine.keeper:
+        wait_gone(machine.keeper, END_DEADLINE_S)
     for process in strays(place):
         send(process, signal.SIGKILL)
         wait_gone(process, END_DEADLINE_S)
     network.remove(network.link_of(lab.number, machine.name))
-    layers.unmount(place)
     _forget_nspawn(network.machine_name(lab.number, machine.name))
-    return replace(machine, nspawn=None, init=None)
+    return replace(machine, keeper=None, init=None)
 
 
 def strays(place: Path) -> tuple[Process, ...]:
-    """Processes that live on a machine's disk, its init first (the others go with it); then the nspawn that watches."""
+    """Processes that live on a machine's disk, its init first (the others go with it); then those that watch it."""
     root, layer = layers.root(place), layers.layer(place)
     inside, watching = [], []
     for process in all_processes():
@@ -233,7 +241,11 @@ def strays(place: Path) -> tuple[Process, ...]:
         elif any(mount.point == Path("/") and f"upperdir={layer}/upper" in mount.options.split(",")
                  for mount in mounts(process.pid)):
             inside.append(process)
-    return tuple(sorted(inside, key=lambda process: process.started) + watching)
+    return (*sorted(inside, key=_age), *sorted(watching, key=_age))
+
+
+def _age(process: Process) -> tuple[int, int]:
+    return process.started, process.pid
 
 
 def _forget_nspawn(name: str) -> None:

@@ -47,14 +47,23 @@ def create_bridge(bridge: str, address: str, prefix: int) -> None:
 
 def unplug(link: str) -> None:
     """Takes a cable down: packets stop, and no side hears a farewell."""
-    if exists(link):
-        run(["ip", "link", "set", link, "down"])
+    _if_there(link, ["ip", "link", "set", link, "down"])
 
 
 def remove(link: str) -> None:
     """Removes a link; one that has gone is no error."""
-    if exists(link):
-        run(["ip", "link", "delete", link])
+    _if_there(link, ["ip", "link", "delete", link])
+
+
+def _if_there(link: str, argv: list[str]) -> None:
+    """A machine that just ended takes its cable with it at a moment of the kernel's choice."""
+    if not exists(link):
+        return
+    try:
+        run(argv)
+    except CommandError:
+        if exists(link):
+            raise
 
 
 def bridged_traffic_is_filtered() -> bool:

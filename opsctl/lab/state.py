@@ -40,14 +40,14 @@ class Machine:
     user: str = "root"
     proxy_jump: str = ""
     prepared: bool = False  # its disk is made and its files are written
-    nspawn: Process | None = None
+    keeper: Process | None = None  # keep-booted.sh, which lives as long as the machine has power
     init: Process | None = None
 
     @property
     def condition(self) -> Condition:
         if not self.prepared:
             return "unprepared"
-        return "running" if self.nspawn and self.nspawn.alive else "off"
+        return "running" if self.keeper and self.keeper.alive else "off"
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,13 @@ class Lab:
         raise UsageError("lab.no_such_machine", f"the lab {self.name} has no machine {name}.",
                          hint="machines: " + ", ".join(machine.name for machine in self.machines))
 
+    @property
+    def places(self) -> Path:
+        return self.directory / "machines"
+
     def place(self, machine: Machine) -> Path:
         """The machine's folder: disk image, mounts, console log."""
-        return self.directory / "machines" / machine.name
+        return self.places / machine.name
 
     def with_machine(self, changed: Machine) -> Lab:
         return dataclasses.replace(self, machines=tuple(
@@ -117,7 +121,7 @@ def decode(document: dict[str, Any]) -> Lab:
     values = {key: value for key, value in document.items() if key != "schema"}
     machines = tuple(
         Machine(**{**entry, "groups": tuple(entry["groups"]),
-                   "nspawn": Process(**entry["nspawn"]) if entry["nspawn"] else None,
+                   "keeper": Process(**entry["keeper"]) if entry["keeper"] else None,
                    "init": Process(**entry["init"]) if entry["init"] else None})
         for entry in values.pop("machines"))
     return Lab(**{**values, "subnet": IPv4Network(values["subnet"]), "fleet": Path(values["fleet"]),
