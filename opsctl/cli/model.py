@@ -1,0 +1,161 @@
+"""``opsctl model``: signed releases of a service: import, list, verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from opsctl.cli.speak import AsJson, Debug, find_inventory, speaking
+
+if TYPE_CHECKING:
+    from opsctl.fleet.model import Fleet
+
+app = typer.Typer(help="Signed releases of a service: import a model, list, verify.", no_args_is_help=True)
+
+InventoryOption = Annotated[Path | None, typer.Option("--inventory", "-i", show_default=False, help="Inventory file. "
+                                                      "Default: $OPSCTL_INVENTORY, then ./inventory.ini.")]
+BundleOption = Annotated[Path | None, typer.Option("--bundle", metavar="DIR", show_default=False,
+                                                   help="Bundle folder. Default: bundle/ beside the inventory.")]
+ServiceOption = Annotated[str, typer.Option("--service", help="Service of services.yml; not needed when there is one.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", show_default=False,
+                                                    help="Engine argument, such as max_model_len=8192; repeat it.")]
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(metavar="DIR|FILE|URL", help="The model: safetensors or GGUF.")],
+    version: Annotated[str, typer.Option("--version", help="Name of the release: v1, v2 ... A name is taken once.")],
+    service: ServiceOption = "",
+    settings: Settings = None,
+    inventory: InventoryOption = None,
+    bundle: BundleOption = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Hash, check and sign a model as a release, in the bundle. Serving is untouched.
+
+    Weights are safetensors or GGUF; pickles are refused. The same content again is nothing to do.
+
+    [dim]$ opsctl model import /data/qwen3-8b.gguf --version v1 --set max_model_len=8192[/dim]
+    """
+    with speaking("model import", as_json=as_json, debug=debug) as speaker:
+        from opsctl.cli.views import human_bytes
+        from opsctl.fleet.inventory import read_fleet
+        from opsctl.releases.importing import Request, import_model
+
+        fleet = read_fleet(find_inventory(inventory))
+        name = _service(fleet, service)
+        imported = import_model(Request(
+            source=source, service=name, version=version, settings=tuple(settings or ()),
+            bundle=_bundle(fleet, bundle), key=fleet.directory / "keys" / "release",
+            allowed_signers=_allowed_signers(fleet)), speaker.emit)
+        release = imported.release
+        document = {"changed": imported.changed, "service": name, "version": release.version, "digest": imported.digest,
+                    "directory": str(imported.directory), "files": len(release.files), "bytes": release.size,
+                    "engine": release.engine.directory, "arguments": dict(release.arguments)}
+        did = "imported and signed" if imported.changed else "is there already, nothing to do"
+        speaker.result(document, f"{name} {release.version}: {did}, {_counted(len(release.files))}, "
+                                 f"{human_bytes(release.size)}, engine {release.engine.name} {release.engine.version}\n"
+                                 f"  {imported.directory}\nnext: opsctl provision, when first_release is "
+                                 f"{release.version}")
+
+
+@app.command("list")
+def list_(
+    service: ServiceOption = "",
+    inventory: InventoryOption = None,
+    bundle: BundleOption = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List releases: in the bundle here, and on the gateway when it answers."""
+    with speaking("model list", as_json=as_json, debug=debug) as speaker:
+        from opsctl.fleet.inventory import read_fleet
+        from opsctl.releases.listing import list_releases
+
+        fleet = read_fleet(find_inventory(inventory))
+        services = [fleet.service(service).name] if service else [one.name for one in fleet.services]
+        listed = list_releases(fleet, services, _bundle(fleet, bundle))
+        if listed.silence:
+            speaker.say(f"[yellow]the gateway was not asked: {listed.silence}[/yellow]")
+        speaker.result({"releases": listed.releases, "gateway": listed.silence or "asked"}, _table(listed.releases))
+
+
+@app.command()
+def verify(
+    version: Annotated[str, typer.Argument(help="Only this version. Default: every release of the bundle.",
+                                           show_default=False)] = "",
+    service: ServiceOption = "",
+    inventory: InventoryOption = None,
+    bundle: BundleOption = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check signature, manifest and every file of releases in the bundle. Reads only."""
+    with speaking("model verify", as_json=as_json, debug=debug) as speaker:
+        from opsctl.cli.views import human_bytes
+        from opsctl.fleet.inventory import read_fleet
+        from opsctl.releases.listing import verify_version
+        from opsctl.releases.store import reporting, verify_all
+
+        fleet = read_fleet(find_inventory(inventory))
+        where = _bundle(fleet, bundle)
+
+        def report(name: str) -> Any:
+            return reporting(speaker.emit, f"verifying {name}")
+
+        if version:
+            found = verify_version(where, _service(fleet, service), version, _allowed_signers(fleet), report)
+        else:
+            found = verify_all(where, _allowed_signers(fleet), report, fleet.service(service).name if service else "")
+        rows = [{"service": one.release.service, "version": one.release.version, "digest": one.digest,
+                 "files": len(one.release.files), "bytes": one.release.size} for one in found]
+        lines = [f"{row['service']} {row['version']}: {_counted(len(one.release.files))}, {human_bytes(one.release.size)}, whole and "
+                 "signed" for row, one in zip(rows, found, strict=True)]
+        speaker.result({"verified": rows}, "\n".join(lines) or f"{where} holds no release")
+
+
+def _table(releases: list[dict[str, Any]]) -> Table | str:
+    from opsctl.cli.views import human_bytes
+
+    if not releases:
+        return "no release yet; opsctl model import makes one"
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("service", "version", "digest", "size", "created", "where", "ledger"):
+        table.add_column(column)
+    for row in releases:
+        table.add_row(row["service"], row["version"], row["digest"][:12], human_bytes(row["bytes"]), row["created"],
+                      " ".join(row["where"]), "now" if row["now"] else "")
+    return table
+
+
+def _counted(files: int) -> str:
+    return "1 file" if files == 1 else f"{files} files"
+
+
+def _service(fleet: Fleet, name: str) -> str:
+    """The named service, or the only one.
+
+    Raises:
+        UsageError: several, and none was named; or no such service.
+    """
+    from opsctl.errors import UsageError
+
+    if name:
+        return fleet.service(name).name
+    if len(fleet.services) != 1:
+        names = ", ".join(service.name for service in fleet.services)
+        raise UsageError("model.which_service", f"{fleet.services_file} has {len(fleet.services)} services.",
+                         hint=f"say which: --service NAME, one of {names}")
+    return fleet.services[0].name
+
+
+def _bundle(fleet: Fleet, bundle: Path | None) -> Path:
+    return (bundle or fleet.directory / "bundle").absolute()
+
+
+def _allowed_signers(fleet: Fleet) -> Path:
+    return fleet.directory / "trust" / "allowed_signers"

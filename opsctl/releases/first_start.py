@@ -1,0 +1,256 @@
+"""After Ansible: the ledger's release to the gateway and to every host, and onto instances that have never served.
+
+An instance that has served is never moved, whatever it serves. Decisions (``plan_host``, ``outcome``) are pure; the
+rest asks and orders ``opsctl-host``.
+"""
+
+from __future__ import annotations
+
+import getpass
+import socket
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opsctl.agent.trust import read_signed
+from opsctl.engines.events import Emit, Event, Note, PhaseStarted, Progress, Status, TaskResult
+from opsctl.engines.session import Session, on_each
+from opsctl.errors import ConfigurationError, MixedError, OpsctlError, RolledBackError
+from opsctl.fleet.model import Fleet, Host, Service
+from opsctl.fleet.status import instance_state
+from opsctl.releases.ledger import Wanted, wanted
+from opsctl.releases.publish import publish
+from opsctl.releases.remote import ask, error_of, has_agent
+from opsctl.releases.store import find, folders_of, releases_of, reporting, verify_release
+
+WATCH_S = 2.0
+
+
+@dataclass(frozen=True)
+class HostPlan:
+    """The instances of one host that wait for their first start, and those on another release."""
+
+    start: tuple[str, ...]
+    behind: tuple[str, ...]
+
+
+@dataclass
+class HostResult:
+    """What was done on one host. ``instances`` are rows: host, instance, release, state."""
+
+    changed: int = 0
+    instances: list[dict[str, str]] = field(default_factory=list)
+    errors: list[OpsctlError] = field(default_factory=list)
+
+
+def check_releases(fleet: Fleet, emit: Emit, *, bundle: Path | None = None) -> None:
+    """Asks, before anything is touched, whether the releases that would be brought up are there and signed.
+
+    Raises:
+        RefusedError: wanted and nowhere, unsigned, foreign, tampered.
+    """
+    gateway = _gateway(fleet)
+    with Session(fleet, gateway) as session:
+        known = has_agent(session)
+        for service in fleet.services:
+            want = _wanted(fleet, session if known else None, gateway, service, _bundle(fleet, bundle))
+            if want is None:
+                continue
+            for directory in folders_of(_bundle(fleet, bundle), service.name, want.version):
+                if want.on_gateway:  # nothing of it will be sent; what is wrong with it is said all the same
+                    read_signed(directory, _allowed_signers(fleet))
+                else:
+                    _verified(fleet, directory, emit)
+
+
+def bring_up(fleet: Fleet, emit: Emit, *, hosts: Sequence[Host] | None = None, bundle: Path | None = None,
+             run: str = "") -> dict[str, Any]:
+    """Publishes, writes the ledger's first line, stages and first-starts. Nothing to do is ``changed`` 0.
+
+    ``hosts``: only these; the gateway is asked in any case. Returns ``{"changed", "instances": [{"host", "instance",
+    "release", "state"}]}``; ``state`` is ``started``, ``behind``, or what ``opsctl status`` says.
+
+    Raises:
+        RefusedError: a release is missing or not to be trusted.
+        RolledBackError: no instance came up that should have; each is as it was.
+        MixedError: some did and some did not.
+    """
+    gateway = _gateway(fleet)
+    chosen = {host.name for host in (fleet.hosts if hosts is None else hosts)}
+    emit = _one_at_a_time(emit)
+    changed = 0
+    rows: list[dict[str, str]] = []
+    errors: list[OpsctlError] = []
+    for service in fleet.services:
+        with Session(fleet, gateway) as session:
+            want = _wanted(fleet, session, gateway, service, _bundle(fleet, bundle))
+            if want is None:
+                emit(Note(f"{service.name} has no release yet: opsctl model import, and first_release in services.yml"))
+                continue
+            changed += _publish(fleet, session, gateway, want, _bundle(fleet, bundle), emit)
+            changed += _write_ledger(session, gateway, want, run, emit)
+        serving = [host for host in fleet.group(service.group) if host.name in chosen]
+        results = on_each(fleet, serving, lambda session, want=want: _host(session, want, emit))  # type: ignore[misc]
+        for host in serving:
+            result = results[host.name]
+            if isinstance(result, OpsctlError):
+                errors.append(result)
+                emit(TaskResult(host.name, f"bring up {service.name}", "failed", result.message, result.log_tail))
+                continue
+            changed += result.changed
+            rows += result.instances
+            errors += result.errors
+    failure = outcome(errors, any(row["state"] == "started" for row in rows))
+    if failure is not None:
+        raise failure
+    return {"changed": changed, "instances": rows}
+
+
+def plan_host(state: Mapping[str, Any], want: Wanted) -> HostPlan:
+    """What is to do on a host, from its ``opsctl-host state``. Pure. A first start that was cut off begins again."""
+    mine = [instance for instance in state["instances"] if instance["service"] == want.service]
+    start = tuple(instance["instance"] for instance in mine if not instance["release"] or instance.get("unfinished"))
+    behind = tuple(instance["instance"] for instance in mine
+                   if instance["instance"] not in start and instance["digest"] != want.digest)
+    return HostPlan(start, behind)
+
+
+def outcome(errors: Sequence[OpsctlError], started: bool) -> OpsctlError | None:
+    """One error for all that failed, or None. Pure.
+
+    All of one kind and nothing started: that kind, for then the fleet is as it was. Otherwise it is mixed.
+    """
+    if not errors:
+        return None
+    first = errors[0]
+    others = f" ({len(errors)} failures in all)" if len(errors) > 1 else ""
+    kinds = {type(error) for error in errors}
+    kind = type(first) if len(kinds) == 1 and not started and type(first) is not OpsctlError else MixedError
+    return kind(first.code, first.message + others, hint=first.hint or "mend it and run the same command again",
+                log_tail=first.log_tail)
+
+
+def _host(session: Session, want: Wanted, emit: Emit) -> HostResult:
+    """Stages and first-starts on one host. Raises what keeps the whole host from going on."""
+    host = session.host.name
+    state = ask(session, ["state", "--json"], host=host)
+    plan = plan_host(state, want)
+    result = HostResult()
+    where = ["--service", want.service, "--release", want.release]
+    done = _watched(session, ["stage", *where], ["stage-status", *where], f"stage {want.release}", emit)
+    if done["changed"]:
+        result.changed += 1
+        emit(TaskResult(host, f"stage {want.service} {want.version}", "changed"))
+    for instance in plan.start:
+        try:
+            _watched(session, ["first-start", instance, "--release", want.release], ["first-start-status", instance],
+                     f"start {instance}", emit)
+        except RolledBackError as error:
+            result.errors.append(error)
+            emit(TaskResult(host, f"first start of {instance}", "failed", error.message, error.log_tail))
+            result.instances.append(_row(host, instance, "", "did not start"))
+            continue
+        result.changed += 1
+        emit(TaskResult(host, f"first start of {instance} on {want.version}", "changed"))
+        result.instances.append(_row(host, instance, want.version, "started"))
+    for found in state["instances"]:
+        if found["service"] != want.service or found["instance"] in plan.start:
+            continue
+        behind = found["instance"] in plan.behind
+        if behind:
+            emit(Note(f"{found['instance']} serves {found['release']}, the ledger says {want.version}; it is not moved",
+                      "warning", host))
+        result.instances.append(_row(host, found["instance"], found["release"],
+                                     "behind" if behind else instance_state(found)))
+    return result
+
+
+def _row(host: str, instance: str, release: str, state: str) -> dict[str, str]:
+    return {"host": host, "instance": instance, "release": release, "state": state}
+
+
+def _watched(session: Session, begin: list[str], look: list[str], subject: str, emit: Emit) -> dict[str, Any]:
+    """Starts a job on the host and watches it by short questions, so that a broken connection breaks nothing."""
+    host = session.host.name
+    status = ask(session, [*begin, "--wait-s", "0"], host=host)
+    report = reporting(emit, subject, host)
+    while status["state"] == "running":
+        status = ask(session, [*look, "--wait-s", str(WATCH_S)], host=host)
+        if status["total"] and status["phase"] == "fetch":
+            report(status["done"], status["total"])
+        elif status["state"] == "running":
+            emit(Progress(f"{subject}: {status['phase']}", 0, 0, "items", host=host))
+    if status["state"] == "failed":
+        raise error_of(status["error"], int(status["error"]["exit_code"]), host)
+    if status["state"] != "done":
+        raise OpsctlError("job.lost", f"{host}: {subject} left no result.", hint="run the same command again")
+    result: dict[str, Any] = status["result"]
+    return result
+
+
+def _wanted(fleet: Fleet, session: Session | None, gateway: Host, service: Service, bundle: Path) -> Wanted | None:
+    lines: list[dict[str, Any]] = []
+    there: list[dict[str, Any]] = []
+    if session is not None:
+        lines = ask(session, ["ledger-show", "--service", service.name], host=gateway.name)["lines"]
+        there = ask(session, ["releases", "--service", service.name], host=gateway.name)["releases"]
+    here = [stored.as_document() for stored in releases_of(bundle, service.name)]
+    return wanted(service, lines, there, here)
+
+
+def _publish(fleet: Fleet, session: Session, gateway: Host, want: Wanted, bundle: Path, emit: Emit) -> int:
+    if want.on_gateway:
+        return 0
+    stored = find(bundle, want.service, want.version, want.digest)
+    if stored is None:
+        raise AssertionError("wanted() looked for it")
+    emit(PhaseStarted(f"Publish {want.service} {want.version}", (gateway.name,)))
+    _verified(fleet, stored.directory, emit)
+    sent = publish(session, stored, emit, host=gateway.name)
+    emit(TaskResult(gateway.name, f"publish {want.service} {want.version}", "changed" if sent else "ok"))
+    return int(sent)
+
+
+def _write_ledger(session: Session, gateway: Host, want: Wanted, run: str, emit: Emit) -> int:
+    """The ledger's first line. A ledger that says something is left alone."""
+    if want.lines:
+        return 0
+    done = ask(session, ["ledger-append", "--service", want.service, "--version", want.version, "--digest", want.digest,
+                         "--after", "0", "--by", f"{getpass.getuser()}@{socket.gethostname()}", "--run", run,
+                         "--note", "first release"], host=gateway.name)
+    status: Status = "changed" if done["changed"] else "ok"
+    emit(TaskResult(gateway.name, f"ledger: {want.service} serves {want.version}", status))
+    return int(done["changed"])
+
+
+def _verified(fleet: Fleet, directory: Path, emit: Emit) -> None:
+    verify_release(directory, _allowed_signers(fleet), reporting(emit, f"verifying {directory.name}"))
+
+
+def _allowed_signers(fleet: Fleet) -> Path:
+    return fleet.directory / "trust" / "allowed_signers"
+
+
+def _gateway(fleet: Fleet) -> Host:
+    gateways = fleet.group("gateway")
+    if not gateways:
+        raise ConfigurationError("inventory.no_gateway", f"{fleet.inventory}: no host is in the group gateway.",
+                                 hint="one host, any one, keeps releases and ledger: [gateway]")
+    return gateways[0]
+
+
+def _bundle(fleet: Fleet, bundle: Path | None) -> Path:
+    return bundle or fleet.directory / "bundle"
+
+
+def _one_at_a_time(emit: Emit) -> Emit:
+    """Hosts are worked on in threads; listeners hear one event after the other."""
+    lock = threading.Lock()
+
+    def locked(event: Event) -> None:
+        with lock:
+            emit(event)
+
+    return locked
