@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from opsctl.engines.ansible import ansible_program
 from opsctl.errors import ConfigurationError
-from opsctl.fleet.source import at, find_line
+from opsctl.fleet.source import at, find_line, inventory_files, text_of
 
 NO_SETTINGS = Path(__file__).with_name("inventory.cfg")
 TIMEOUT_S = 60
@@ -107,12 +109,27 @@ def complaint(stderr: str) -> str:
     return f"{origin['where']}: {sentence}" if origin else sentence
 
 
+def _broken_yaml(inventory: Path) -> str:
+    """Which file of variables is not YAML, and where; Ansible does not say."""
+    for path in inventory_files(inventory):
+        try:
+            if path.suffix in (".yml", ".yaml"):
+                yaml.compose(text_of(path))
+        except yaml.MarkedYAMLError as error:
+            return at(path, error.problem_mark.line + 1 if error.problem_mark else 0)
+        except yaml.YAMLError:
+            return str(path)
+    return ""
+
+
 def explain(inventory: Path, problem: str, stderr: str) -> ConfigurationError:
     """The error for a complaint of Ansible's, with the line at fault where it can be found."""
     hint = f"ansible-inventory --inventory {inventory} --list says more"
     tail = tuple(line for line in stderr.strip().splitlines() if line.strip())[-20:]
     if re.match(r"\S.*:\d+: ", problem):
         return ConfigurationError("inventory.unreadable", f"{problem}.", hint=hint, log_tail=tail)
+    if problem.startswith("YAML parsing failed") and (where := _broken_yaml(inventory)):
+        return ConfigurationError("inventory.unreadable", f"{where}: {problem}.", hint=hint, log_tail=tail)
     if "not enough values to unpack" in problem:
         line = find_line(inventory, UNBALANCED)
         return ConfigurationError("inventory.unreadable", f"{at(inventory, line)}: a bracket is opened and not closed.",

@@ -31,8 +31,8 @@ def check_groups(hosts: Sequence[str], groups: Mapping[str, tuple[str, ...]], se
         raise ConfigurationError("inventory.empty", f"{inventory}: there is no host in it.",
                                  hint="put one below [gpu]; inventory.example shows how")
     known = tuple(dict.fromkeys((*GROUPS, *(service.group for service in services))))
-    _check_services(services, groups, inventory, services_file)
     _check_misspelt(groups, known, inventory)
+    _check_services(services, groups, inventory, services_file)
     _check_belonging(hosts, groups, known, inventory)
     _check_roles(groups, load_balancer, inventory)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from opsctl.errors import ConfigurationError
 from opsctl.fleet.model import Host
-from opsctl.fleet.source import at, inventory_files, text_of
+from opsctl.fleet.source import at, find_line, inventory_files, text_of
 
 HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 ADDRESS = re.compile(r"[A-Za-z0-9:][A-Za-z0-9.:_%-]*")
@@ -89,6 +89,7 @@ def check_addresses(hosts: Sequence[Host], inventory: Path) -> None:
                                      f"machine: both are {host.address} port {host.port}.",
                                      hint="list it once, in as many groups as you like; or correct ansible_host")
     _check_shared_addresses(hosts, inventory)
+    _check_own_addresses(hosts, inventory)
     _check_jumps(hosts, inventory)
 
 
@@ -102,6 +103,19 @@ def _check_shared_addresses(hosts: Sequence[Host], inventory: Path) -> None:
             raise ConfigurationError("inventory.same_address", f"{inventory}: {other.name} and {host.name} have the "
                                      f"same address {host.address} and are reached in different ways.",
                                      hint="give each an address or a DNS name of its own in ansible_host")
+
+
+def _check_own_addresses(hosts: Sequence[Host], inventory: Path) -> None:
+    """Engines and agents listen on the same ports everywhere, so each host needs addresses of its own for them."""
+    for key in ("service_address", "management_address"):
+        seen: dict[str, Host] = {}
+        for host in hosts:
+            address = getattr(host, key)
+            other = seen.setdefault(address, host)
+            if other is not host:
+                raise ConfigurationError("inventory.same_address", f"{inventory}: {other.name} and {host.name} have the "
+                                         f"same {key} {address}, and would be taken for one another there.",
+                                         hint=f"write {key}= for each: the address that the other hosts reach it by")
 
 
 def _check_jumps(hosts: Sequence[Host], inventory: Path) -> None:
@@ -137,13 +151,13 @@ def _refuse_passwords(name: str, variables: Mapping[str, Any], inventory: Path) 
             user = variables.get("ansible_user", "")
             target = f"{user}@" * bool(user) + str(variables.get("ansible_host", name))
             port = f"-p {variables['ansible_port']} " if "ansible_port" in variables else ""
-            raise ConfigurationError("inventory.password", f"{_where(key, inventory)}: {key} is set for {name}; opsctl "
-                                     "logs in by key or agent only.",
+            raise ConfigurationError("inventory.password", f"{_where(key, inventory, name)}: {key} is set for {name}; "
+                                     "opsctl logs in by key or agent only.",
                                      hint=f"ssh-copy-id {port}{target}   and remove {key}")
     for key in WEAKENING:
         if key in variables:
-            raise ConfigurationError("inventory.ssh_setting", f"{_where(key, inventory)}: {key} is set for {name}; it "
-                                     "would leave the one SSH configuration that all of opsctl uses.",
+            raise ConfigurationError("inventory.ssh_setting", f"{_where(key, inventory, name)}: {key} is set for {name}; "
+                                     "it would leave the one SSH configuration that all of opsctl uses.",
                                      hint="remove it; options of ssh go into ansible_ssh_common_args, jumps into "
                                      "proxy_jump")
 
@@ -210,11 +224,14 @@ def _common_arguments(name: str, variables: Mapping[str, Any], inventory: Path
 
 def _wrong(name: str, key: str, value: str, inventory: Path, problem: str, hint: str) -> ConfigurationError:
     code = "inventory.loopback" if "reached" in problem else "inventory.bad_value"
-    return ConfigurationError(code, f"{_where(key, inventory)}: {key}={value} of {name} {problem}.", hint=hint)
+    return ConfigurationError(code, f"{_where(key, inventory, name)}: {key}={value} of {name} {problem}.", hint=hint)
 
 
-def _where(key: str, inventory: Path) -> str:
-    """``inventory.ini:4`` when the key is written in one place only, else the file's name."""
+def _where(key: str, inventory: Path, name: str) -> str:
+    """``inventory.ini:4``: the host's own line, or the only place where the key is written; else the file's name."""
+    own = find_line(inventory, rf"^\s*{re.escape(name)}\s[^#;\n]*\b{re.escape(key)}=")
+    if own:
+        return at(inventory, own)
     pattern = re.compile(rf"^[^#;\n]*\b{re.escape(key)}\s*[=:]", re.MULTILINE)
     found = [(path, text_of(path).count("\n", 0, match.start()) + 1)
              for path in inventory_files(inventory) for match in pattern.finditer(text_of(path))]

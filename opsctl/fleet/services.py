@@ -72,7 +72,8 @@ def _service(name: str, block: object, where: str, path: Path) -> Service:
         raise ConfigurationError("services.bad_name", f"{where}: {name} cannot be a service's name.",
                                  hint="small letters, digits and dashes, a letter first, at most 31 characters")
     if not isinstance(block, Block):
-        raise ConfigurationError("services.not_a_mapping", f"{where}: {name} is {block!r}; its keys are expected.",
+        found = "has no keys" if block is None else f"is {block!r}; its keys are expected"
+        raise ConfigurationError("services.not_a_mapping", f"{where}: {name} {found}.",
                                  hint=f"indent them below {name}: - they are " + ", ".join(schema()))
     for key, value in block.values.items():
         _check_key(name, key, value, f"{path}:{block.lines[key]}")

@@ -54,7 +54,7 @@ def check_versions(host: str, variables: Mapping[str, Any], inventory: Path) -> 
             found = _find(key, inventory, lambda text, value=value: value in text)
             raise ConfigurationError(
                 "inventory.quoted_version", f"{at(found.path, found.line)}: {path}={value} on {host} has quotes as "
-                "part of its text.", hint=f"in a [...:vars] section one pair is right: {key}={value[1:-1]!r}")
+                "part of its text.", hint=f"in a [...:vars] section one pair is right: {key}=\"{value[1:-1]}\"")
 
 
 def versions_as_text(variables: Mapping[str, Any]) -> dict[str, Any]:
