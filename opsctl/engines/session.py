@@ -315,8 +315,12 @@ def _strict(connection: Connection, fleet: Fleet) -> Connection:
     if fleet.known_hosts.is_file():
         connection.client.load_host_keys(str(fleet.known_hosts))
     connection.connect_timeout = CONNECT_TIMEOUT_S
-    connection.connect_kwargs |= {"banner_timeout": LOGIN_TIMEOUT_S, "auth_timeout": LOGIN_TIMEOUT_S,
-                                  "channel_timeout": CONNECT_TIMEOUT_S}  # a jump's next hop may be without power
+    connection.connect_kwargs = {
+        **connection.connect_kwargs,
+        "banner_timeout": LOGIN_TIMEOUT_S,
+        "auth_timeout": LOGIN_TIMEOUT_S,
+        "channel_timeout": CONNECT_TIMEOUT_S,  # a jump's next hop may be without power
+    }
     if connection.connect_kwargs.get("key_filename"):
         connection.connect_kwargs["look_for_keys"] = False
     return connection

@@ -113,8 +113,8 @@ def _check_own_addresses(hosts: Sequence[Host], inventory: Path) -> None:
             address = getattr(host, key)
             other = seen.setdefault(address, host)
             if other is not host:
-                raise ConfigurationError("inventory.same_address", f"{inventory}: {other.name} and {host.name} have the "
-                                         f"same {key} {address}, and would be taken for one another there.",
+                raise ConfigurationError("inventory.same_address", f"{inventory}: {other.name} and {host.name} have "
+                                         f"the same {key} {address}, and would be taken for one another there.",
                                          hint=f"write {key}= for each: the address that the other hosts reach it by")
 
 
@@ -156,8 +156,8 @@ def _refuse_passwords(name: str, variables: Mapping[str, Any], inventory: Path) 
                                      hint=f"ssh-copy-id {port}{target}   and remove {key}")
     for key in WEAKENING:
         if key in variables:
-            raise ConfigurationError("inventory.ssh_setting", f"{_where(key, inventory, name)}: {key} is set for {name}; "
-                                     "it would leave the one SSH configuration that all of opsctl uses.",
+            raise ConfigurationError("inventory.ssh_setting", f"{_where(key, inventory, name)}: {key} is set for {name} "
+                                     "and would leave the one SSH configuration that all of opsctl uses.",
                                      hint="remove it; options of ssh go into ansible_ssh_common_args, jumps into "
                                      "proxy_jump")
 

@@ -87,7 +87,8 @@ def private_directory(path: Path) -> None:
     Raises:
         RefusedError: it is there and is somebody else's, a link, or no folder.
     """
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not os.path.lexists(path):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise RefusedError("ssh.foreign_directory", f"{path} belongs to another user or is a link; shared SSH "
