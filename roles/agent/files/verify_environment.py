@@ -1,7 +1,7 @@
 """Prints what is wrong with a virtual environment: ENVIRONMENT REQUIREMENTS.
 
-``environment``: there is none, or it was made for another Python. ``package``: the one package of the requirements file is
-missing, has another version, or a file of it is not what its RECORD says. ``intact``: nothing.
+``environment``: there is none, or it was made for another Python. ``package``: the one package of the requirements
+file is missing, has another version, or a file of it is not what its RECORD says. ``intact``: nothing.
 """
 
 from __future__ import annotations
@@ -50,4 +50,4 @@ def is_as_recorded(entry: tuple[Path, str]) -> bool:
 
 
 if __name__ == "__main__":
-    print(verdict(Path(sys.argv[1]), Path(sys.argv[2])))
+    sys.stdout.write(verdict(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -1,54 +1,69 @@
-"""Prints who listens on the TCP ports given: ``[{"port": 8480, "pid": 17, "program": "nginx", "unit": "nginx.service"}]``.
+"""Prints who else listens on TCP ports of ours: PORT=UNIT... gives
+``[{"port": 8480, "unit": "x.service", "sentence": "8480 is held by python3 (pid 17, x.service)"}]``.
 
-Reads /proc alone, as root: no tool for it is on every host. A process outside of any unit has its session's scope.
+A listener of the unit itself is none of them; a template's instances may trade ports, so they count as one unit.
+Reads /proc alone, as root: no tool for it is on every host.
 """
 
+from __future__ import annotations
+
 import json
-import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 LISTEN = "0A"  # include/net/tcp_states.h
 
 
-def listening_sockets(ports):
-    """``{socket inode: port}`` of the ports that somebody listens on."""
+def listening_sockets(table: str, ports: set[int]) -> dict[str, int]:
+    """The text of /proc/net/tcp or tcp6 -> ``{"socket:[inode]": port}`` of the ports that somebody listens on."""
     sockets = {}
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        if not os.path.exists(table):
-            continue
-        with open(table, encoding="ascii") as lines:
-            next(lines)
-            for line in lines:
-                fields = line.split()
-                port = int(fields[1].rsplit(":", 1)[1], 16)
-                if fields[3] == LISTEN and port in ports:
-                    sockets[f"socket:[{fields[9]}]"] = port
+    for line in table.splitlines()[1:]:
+        fields = line.split()
+        port = int(fields[1].rsplit(":", 1)[1], 16)
+        if fields[3] == LISTEN and port in ports:
+            sockets[f"socket:[{fields[9]}]"] = port
     return sockets
 
 
-def unit_of(pid):
-    with open(f"/proc/{pid}/cgroup", encoding="utf-8") as lines:
-        for line in lines:
-            for part in reversed(line.strip().split("/")):
-                if part.endswith((".service", ".scope")):
-                    return part
+def unit_of(cgroup: str) -> str:
+    """The text of /proc/PID/cgroup -> the unit that the process belongs to."""
+    for line in cgroup.splitlines():
+        for part in reversed(line.split("/")):
+            if part.endswith((".service", ".scope")):
+                return part
     return "no unit"
 
 
-def holders(sockets):
-    found = {}
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+def is_ours(unit: str, ours: str) -> bool:
+    return unit.partition("@")[0] == ours.partition("@")[0]
+
+
+def holders(sockets: dict[str, int]) -> Iterator[tuple[int, str, str, str]]:
+    """(port, process number, program, unit) of each process that holds one of the sockets."""
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
         try:
-            for descriptor in os.listdir(f"/proc/{pid}/fd"):
-                port = sockets.get(os.readlink(f"/proc/{pid}/fd/{descriptor}"))
-                if port is None:
-                    continue
-                with open(f"/proc/{pid}/comm", encoding="utf-8") as name:
-                    found[(port, unit_of(pid))] = {"port": port, "pid": int(pid), "program": name.read().strip(),
-                                                   "unit": unit_of(pid)}
+            links = {str(descriptor.readlink()) for descriptor in (process / "fd").iterdir()}
+            for socket in links & sockets.keys():
+                program = (process / "comm").read_text(encoding="utf-8").strip()
+                yield sockets[socket], process.name, program, unit_of((process / "cgroup").read_text(encoding="utf-8"))
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended while we looked
-    return [found[key] for key in sorted(found)]
 
 
-print(json.dumps(holders(listening_sockets({int(port) for port in sys.argv[1:]}))))
+def main() -> None:
+    wanted = {int(port): unit for port, _, unit in (argument.partition("=") for argument in sys.argv[1:])}
+    sockets: dict[str, int] = {}
+    for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        if path.exists():
+            sockets |= listening_sockets(path.read_text(encoding="ascii"), set(wanted))
+    sys.stdout.write(json.dumps([
+        {"port": port, "unit": unit, "sentence": f"{port} is held by {program} (pid {process}, {unit})"}
+        for port, process, program, unit in sorted(holders(sockets)) if not is_ours(unit, wanted[port])
+    ]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,13 @@
 #!/usr/bin/python3
 """Hands the state of HAProxy's servers from one process to the next: ``haproxy-state save|stop|start``.
 
-``save``, before a reload: writes the state that the new process will read. ``stop``, before an orderly stop: the same, and
-notes that the state is the last one. ``start``: keeps a state that an orderly stop left, and throws away any other. After a crash
-the last state is as old as the last reload: servers that were drained then may serve now, and nobody would undrain them again.
+``save``, before a reload: writes the state that the new process will read. ``stop``, before an orderly stop: the same,
+and notes that the state is the last one. ``start``: keeps a state that an orderly stop left, and throws away any other.
+After a crash the last state is as old as the last reload: servers that were drained then may serve now, and nobody
+would undrain them again.
 
-The file is HAProxy's own ``server-state-file``. A state that cannot be asked for fails the reload, and HAProxy goes on as it was.
+The file is HAProxy's own ``server-state-file``. When HAProxy does not tell its state, the reload fails, and it goes on
+as it was.
 """
 
 from __future__ import annotations
