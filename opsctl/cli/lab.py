@@ -23,11 +23,13 @@ Size = Annotated[str, typer.Option("--size", help="small: 0.5 MB, answers at onc
 
 @app.command()
 def up(
-    gpu_hosts: Annotated[int, typer.Option("--gpu-hosts", min=1, max=200, help="How many hosts that serve.")] = 3,
+    gpu_hosts: Annotated[int | None, typer.Option("--gpu-hosts", min=1, max=200, show_default="3",
+                                                  help="How many hosts that serve.")] = None,
     name: Annotated[str, typer.Option("--name", help="Name of the lab.")] = "lab",
     fleet: Annotated[Path | None, typer.Option("--fleet", help="Fleet directory to write. Default: ./NAME.",
                                                show_default=False)] = None,
-    suite: Annotated[str, typer.Option("--suite", help="Debian of the machines: bookworm or trixie.")] = "bookworm",
+    suite: Annotated[str | None, typer.Option("--suite", show_default="bookworm",
+                                              help="Debian of the machines: bookworm or trixie.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

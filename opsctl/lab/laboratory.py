@@ -18,7 +18,7 @@ from typing import Any
 from opsctl.engines.events import Emit, Note, PhaseStarted, Progress, TaskResult
 from opsctl.errors import RefusedError, UsageError
 from opsctl.lab import cgroups, fleet_files, layers, machines, network, state
-from opsctl.lab.base import SUITES, ensure_base
+from opsctl.lab.base import DEFAULT_SUITE, SUITES, ensure_base
 from opsctl.lab.commands import run
 from opsctl.lab.mounts import unmount_below
 from opsctl.lab.requirements import require
@@ -27,7 +27,7 @@ from opsctl.lab.subnets import choose_subnet
 
 BOOT_DEADLINE_S = 120.0  # four take 3 s on two idle cores; a busy computer may take thirty times as long
 FIRST_ADDRESS = 10  # ops-1 is .10, gpu-N is .10+N; this computer is .1
-MOST_GPU_HOSTS = 200
+GPU_HOSTS = 3
 # systemd and udev watch files: about five inotify instances a machine, of 128 for all of root's processes (measured:
 # the 26th machine did not boot).
 INOTIFY_LIMIT = Path("/proc/sys/fs/inotify/max_user_instances")
@@ -43,11 +43,13 @@ class Brought:
     booted: tuple[str, ...]
 
 
-def up(name: str, gpu_hosts: int, fleet: Path | None, suite: str, emit: Emit) -> Brought:
+def up(name: str, gpu_hosts: int | None, fleet: Path | None, suite: str | None, emit: Emit) -> Brought:
     """Brings a lab up: makes it, continues a half-made one, boots what is off; one that runs stays as it is.
 
     Args:
-        fleet: where its fleet directory is to be; None: ``./NAME``.
+        gpu_hosts: how many; None: as many as it has, 3 in a new lab.
+        fleet: where its fleet directory is to be; None: where it is, ``./NAME`` in a new lab.
+        suite: Debian of its machines; None: what it has, bookworm in a new lab.
 
     Raises:
         RefusedError: ``lab.missing`` and others, before anything was changed.
@@ -55,16 +57,17 @@ def up(name: str, gpu_hosts: int, fleet: Path | None, suite: str, emit: Emit) ->
     """
     require()
     state.check_name(name)
-    if suite not in SUITES:
+    if suite is not None and suite not in SUITES:
         raise UsageError("lab.no_such_suite", f"the lab cannot boot {suite}.", hint=f"suites: {', '.join(SUITES)}")
     with state.locked(state.STATE_ROOT / name, _waiting(name, emit)):
         lab = state.load(name)
         if lab is None:
-            lab = _allocate(name, gpu_hosts, (fleet or Path(name)).absolute(), suite, emit)
+            directory = (fleet or Path(name)).absolute()
+            lab = _allocate(name, gpu_hosts or GPU_HOSTS, directory, suite or DEFAULT_SUITE, emit)
         else:
             _check_same(lab, gpu_hosts, fleet, suite)
         if lab.base is None or not lab.base.is_dir():
-            lab = state.save(dataclasses.replace(lab, base=ensure_base(suite, emit)))
+            lab = state.save(dataclasses.replace(lab, base=ensure_base(lab.suite, emit)))
         lab = _prepare(lab, emit)
         wanted = tuple(machine.name for machine in lab.machines if machine.condition != "running")
         lab = _boot(lab, wanted, emit)
@@ -74,7 +77,7 @@ def up(name: str, gpu_hosts: int, fleet: Path | None, suite: str, emit: Emit) ->
         return Brought(lab, wanted)
 
 
-def _check_same(lab: Lab, gpu_hosts: int, fleet: Path | None, suite: str) -> None:
+def _check_same(lab: Lab, gpu_hosts: int | None, fleet: Path | None, suite: str | None) -> None:
     """A lab is not changed by ``up``: the answer to other wishes is another lab.
 
     Raises:
@@ -82,8 +85,8 @@ def _check_same(lab: Lab, gpu_hosts: int, fleet: Path | None, suite: str) -> Non
     """
     has = len(lab.machines) - 1
     for what, is_now, wanted in (("GPU hosts", has, gpu_hosts), ("suite", lab.suite, suite),
-                                 ("fleet directory", lab.fleet, fleet.absolute() if fleet else lab.fleet)):
-        if is_now != wanted:
+                                 ("fleet directory", lab.fleet, fleet.absolute() if fleet else None)):
+        if wanted not in (None, is_now):
             raise RefusedError("lab.differs", f"the lab {lab.name} is there with {what} {is_now}, not {wanted}.",
                                hint=f"opsctl lab down --name {lab.name} first, or another --name")
 

@@ -74,6 +74,11 @@ def mount(place: Path, base: Path) -> None:
         run(["mount", "-t", "overlay", "-o", options, "overlay", root(place)])
 
 
+def sync(place: Path) -> None:
+    """Brings a disk to what it holds: an installed host has been for long, so that a power cut finds its keys there."""
+    run(["sync", "--file-system", layer(place)], timeout_s=300)
+
+
 def unmount(place: Path) -> None:
     """Unmounts disk and overlay, and waits until the kernel has let go of the image.
 
@@ -84,7 +89,8 @@ def unmount(place: Path) -> None:
     deadline = time.monotonic() + UNMOUNT_DEADLINE_S
     while _is_attached(image(place)):
         if time.monotonic() > deadline:
-            raise OpsctlError("lab.busy", f"{image(place)} is unmounted here and still in use by {_who_sees(layer(place))}.",
+            holders = _who_sees(layer(place))
+            raise OpsctlError("lab.busy", f"{image(place)} is unmounted here and still in use by {holders}.",
                               hint="end that, then the same command again")
         time.sleep(POLL_S)
 

@@ -97,6 +97,7 @@ def prepare(lab: Lab, machine: Machine, *, host_key: Path, login_key: str) -> Ma
     _write(home / ".ssh/authorized_keys", login_key, 0o600)
     for path in (home / ".ssh", home / ".ssh/authorized_keys"):
         os.chown(path, *owner)
+    layers.sync(place)
     return replace(machine, prepared=True)
 
 
