@@ -156,8 +156,8 @@ def _refuse_passwords(name: str, variables: Mapping[str, Any], inventory: Path) 
                                      hint=f"ssh-copy-id {port}{target}   and remove {key}")
     for key in WEAKENING:
         if key in variables:
-            raise ConfigurationError("inventory.ssh_setting", f"{_where(key, inventory, name)}: {key} is set for {name} "
-                                     "and would leave the one SSH configuration that all of opsctl uses.",
+            raise ConfigurationError("inventory.ssh_setting", f"{_where(key, inventory, name)}: {key} of {name} "
+                                     "would leave the one SSH configuration that all of opsctl uses.",
                                      hint="remove it; options of ssh go into ansible_ssh_common_args, jumps into "
                                      "proxy_jump")
 

@@ -156,7 +156,8 @@ def _forward(transport: paramiko.Transport, connected: socket.socket) -> None:
         except OSError:
             return
         finally:
-            channel.close()
+            with contextlib.suppress(OSError, EOFError):  # the other side went first
+                channel.close()
 
     threading.Thread(target=pump, daemon=True).start()
     try:
