@@ -21,6 +21,7 @@ from pathlib import Path
 SOCKET = Path("/run/haproxy/admin.sock")
 STATE = Path("/var/lib/haproxy/server-state")
 TIMEOUT_S = 5.0
+NOTHING = "1\n"  # the version of the format, and no server
 
 
 def ask(path: Path) -> str:
@@ -58,7 +59,7 @@ def hand_over(act: str, state: Path, admin: Path) -> None:
     orderly = state.with_name(state.name + ".orderly")
     if act == "start":
         if not orderly.exists():
-            write(state, "")
+            write(state, NOTHING)
         orderly.unlink(missing_ok=True)
         return
     write(state, ask(admin))
