@@ -65,9 +65,7 @@ def test_a_version_that_became_a_float(fleet: Path) -> None:
 
 def test_two_services_on_one_port(fleet: Path) -> None:
     services = fleet / "services.yml"
-    services.write_text(services.read_text() + "\n  embed:\n    group: gpu\n    port: 8100\n    listen: 8001\n"
-                        if "services:" in services.read_text() else
-                        services.read_text() + "\nembed:\n  group: gpu\n  port: 8100\n  listen: 8001\n")
+    services.write_text(services.read_text() + "\nembed:\n  group: gpu\n  port: 8100\n  listen: 8001\n")
     sentence = refused(provision(fleet), 3, "services.port_clash")
     assert "8100" in sentence
 
@@ -94,7 +92,7 @@ def test_a_tampered_package(fleet: Path) -> None:
     content = package.read_bytes()
     package.unlink()
     package.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    sentence = refused(provision(fleet), 5, "bundle.changed")
+    sentence = refused(provision(fleet), 5, "bundle.tampered")
     assert package.name in sentence
 
 
