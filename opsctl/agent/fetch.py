@@ -35,11 +35,10 @@ def fetch(url: str, path: Path, *, size: int | None, sha256: str, advance: Advan
         OpsctlError: the source cannot be reached or gives up again and again (``fetch.failed``).
     """
     partial = path.with_name(path.name + PARTIAL)
+    furthest = _size(partial)
+    advance(furthest)
     without_progress = 0
-    if partial.exists():
-        advance(partial.stat().st_size)
     while True:
-        before = partial.stat().st_size if partial.exists() else 0
         try:
             digest = _attempt(url, partial, size, advance, open_url or _open)
             break
@@ -48,8 +47,9 @@ def fetch(url: str, path: Path, *, size: int | None, sha256: str, advance: Advan
                 raise _failed(url, error) from None
             if isinstance(error, OSError) and error.errno is not None and not _of_network(error):
                 raise _failed(url, error) from None
-            after = partial.stat().st_size if partial.exists() else 0
-            without_progress = 0 if after > before else without_progress + 1
+            # Farther than ever, not than before: a source that got shorter is fetched, thrown away, fetched ...
+            without_progress = 0 if _size(partial) > furthest else without_progress + 1
+            furthest = max(furthest, _size(partial))
             if without_progress >= ATTEMPTS:
                 raise _failed(url, error) from None
             pause(PAUSES_S[min(without_progress, len(PAUSES_S) - 1)])
@@ -72,6 +72,10 @@ def sha256_of(path: Path, advance: Advance | None = None) -> str:
     return digest.hexdigest()
 
 
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def _hash(file: IO[bytes], digest: Any, advance: Advance | None) -> None:
     buffer = bytearray(CHUNK)
     view = memoryview(buffer)
@@ -84,7 +88,7 @@ def _hash(file: IO[bytes], digest: Any, advance: Advance | None) -> None:
 def _attempt(url: str, partial: Path, size: int | None, advance: Advance, open_url: Opener) -> str:
     """Appends what is missing to ``partial``; returns the sha256 of all of it."""
     digest = hashlib.sha256()
-    have = partial.stat().st_size if partial.exists() else 0
+    have = _size(partial)
     if size is not None and have > size:
         partial.unlink()
         advance(-have)
@@ -153,5 +157,7 @@ def _of_network(error: OSError) -> bool:
 
 def _failed(url: str, error: Exception) -> OpsctlError:
     reason = getattr(error, "reason", None) or error
+    if isinstance(error, urllib.error.HTTPError):
+        reason = f"HTTP {error.code} {error.reason}"
     return OpsctlError("fetch.failed", f"{url} could not be fetched: {reason}.",
                        hint="is the source up? the same command again goes on where this one stopped")

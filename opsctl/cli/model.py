@@ -113,8 +113,8 @@ def verify(
             found = verify_all(where, _allowed_signers(fleet), report, fleet.service(service).name if service else "")
         rows = [{"service": one.release.service, "version": one.release.version, "digest": one.digest,
                  "files": len(one.release.files), "bytes": one.release.size} for one in found]
-        lines = [f"{row['service']} {row['version']}: {_counted(len(one.release.files))}, {human_bytes(one.release.size)}, whole and "
-                 "signed" for row, one in zip(rows, found, strict=True)]
+        lines = [f"{one.release.service} {one.release.version}: {_counted(len(one.release.files))}, "
+                 f"{human_bytes(one.release.size)}, whole and signed" for one in found]
         speaker.result({"verified": rows}, "\n".join(lines) or f"{where} holds no release")
 
 

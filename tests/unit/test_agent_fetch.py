@@ -1,0 +1,106 @@
+"""One file over HTTP: resumed, never trusted, given up only when nothing moves."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+from release_kit import serving
+
+from opsctl.agent.fetch import fetch
+from opsctl.errors import OpsctlError, RefusedError
+
+BODY = os.urandom(300_000)
+SHA = hashlib.sha256(BODY).hexdigest()
+
+
+def get(url: str, path: Path, *, size: int | None = len(BODY), sha256: str = SHA) -> int:
+    """Fetches and returns the bytes that were counted."""
+    counted: list[int] = []
+    fetch(url, path, size=size, sha256=sha256, advance=counted.append, pause=lambda _: None)
+    return sum(counted)
+
+
+def test_a_whole_file(tmp_path: Path) -> None:
+    with serving({"/model": BODY}) as web:
+        assert get(f"{web.url}/model", tmp_path / "model") == len(BODY)
+    assert (tmp_path / "model").read_bytes() == BODY
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+
+
+def test_it_goes_on_where_an_earlier_try_stopped(tmp_path: Path) -> None:
+    (tmp_path / "model.part").write_bytes(BODY[:100_000])
+    with serving({"/model": BODY}) as web:
+        assert get(f"{web.url}/model", tmp_path / "model") == len(BODY)
+        assert web.asked == [("/model", "bytes=100000-")]
+    assert (tmp_path / "model").read_bytes() == BODY
+
+
+def test_a_cut_connection_is_resumed_and_not_begun_again(tmp_path: Path) -> None:
+    with serving({"/model": BODY}, break_after=70_000, breaks_left=3) as web:
+        assert get(f"{web.url}/model", tmp_path / "model") == len(BODY)
+        assert [asked for _, asked in web.asked] == ["", "bytes=70000-", "bytes=140000-", "bytes=210000-"]
+    assert (tmp_path / "model").read_bytes() == BODY
+
+
+def test_a_server_without_ranges_sends_all_again(tmp_path: Path) -> None:
+    (tmp_path / "model.part").write_bytes(b"x" * 1000)
+    with serving({"/model": BODY}, ranges=False) as web:
+        assert get(f"{web.url}/model", tmp_path / "model") == len(BODY)
+    assert (tmp_path / "model").read_bytes() == BODY
+
+
+def test_a_partial_file_longer_than_the_source_is_thrown_away(tmp_path: Path) -> None:
+    (tmp_path / "model.part").write_bytes(BODY + b"more")
+    with serving({"/model": BODY}) as web:
+        assert get(f"{web.url}/model", tmp_path / "model", size=None, sha256="") == len(BODY)
+    assert (tmp_path / "model").read_bytes() == BODY
+
+
+def test_other_bytes_than_signed_are_refused_and_removed(tmp_path: Path) -> None:
+    with serving({"/model": b"y" + BODY[1:]}) as web, pytest.raises(RefusedError) as refused:
+        get(f"{web.url}/model", tmp_path / "model")
+    assert refused.value.code == "fetch.corrupted"
+    assert SHA in refused.value.message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_longer_file_than_signed_is_refused_before_it_fills_the_disk(tmp_path: Path) -> None:
+    with serving({"/model": BODY + b"z" * 10_000_000}) as web, pytest.raises(RefusedError) as refused:
+        get(f"{web.url}/model", tmp_path / "model")
+    assert refused.value.code == "fetch.corrupted"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shorter_file_than_signed_is_no_success(tmp_path: Path) -> None:
+    with serving({"/model": BODY[:1000]}) as web, pytest.raises(OpsctlError) as failed:
+        get(f"{web.url}/model", tmp_path / "model")
+    assert failed.value.code == "fetch.failed"
+    assert not (tmp_path / "model").exists()
+
+
+def test_what_is_not_there_is_asked_for_once(tmp_path: Path) -> None:
+    with serving({}) as web, pytest.raises(OpsctlError) as failed:
+        get(f"{web.url}/model", tmp_path / "model")
+    assert "404" in failed.value.message
+    assert len(web.asked) == 1
+
+
+def test_a_source_that_is_down_is_given_up(tmp_path: Path) -> None:
+    pauses: list[float] = []
+    with pytest.raises(OpsctlError) as failed:
+        fetch("http://127.0.0.1:9/model", tmp_path / "model", size=1, sha256="", advance=lambda _: None,
+              pause=pauses.append)
+    assert failed.value.code == "fetch.failed"
+    assert 3 <= len(pauses) <= 6
+
+
+def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
+    pauses: list[float] = []
+    with serving({"/model": BODY}) as web, pytest.raises(OpsctlError) as failed:
+        fetch(f"{web.url}/model", tmp_path / "none" / "model", size=len(BODY), sha256=SHA, advance=lambda _: None,
+              pause=pauses.append)
+    assert "No such file" in failed.value.message
+    assert pauses == []

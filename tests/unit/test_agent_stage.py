@@ -1,0 +1,227 @@
+"""Staging: from a real HTTP server onto a made-up host, with real signatures."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from release_kit import ENGINE, Keys, Web, build_environment, lay_down, make_host, make_keys, published, serving
+
+from opsctl.agent import environment
+from opsctl.agent.manifest import Engine
+from opsctl.agent.paths import Paths
+from opsctl.agent.stage import is_staged, stage
+from opsctl.errors import OpsctlError, RefusedError
+
+MODEL = os.urandom(200_000)
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    return make_keys(tmp_path_factory.mktemp("keys"))
+
+
+@pytest.fixture
+def host(tmp_path: Path, keys: Keys) -> Paths:
+    paths = make_host(tmp_path / "host", keys)
+    build_environment(paths)
+    return paths
+
+
+@pytest.fixture
+def gateway(tmp_path: Path) -> Path:
+    return tmp_path / "gateway"
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    with serving({}) as running:
+        yield running
+
+
+def publish(web: Web, directory: Path) -> str:
+    web.content.update(published(directory))
+    return directory.name
+
+
+def refusal(host: Paths, web: Web, name: str, **more: Any) -> OpsctlError:
+    with pytest.raises(OpsctlError) as error:
+        stage(host, web.url, "chat", name, **more)
+    assert not (host.releases("chat") / name).exists()
+    return error.value
+
+
+def test_a_release_is_brought_whole_and_closed(host: Paths, web: Web, gateway: Path, keys: Keys) -> None:
+    name = publish(web, lay_down(gateway, {"model.gguf": MODEL, "a/b.json": b"{}"}, keys.private))
+    seen: list[tuple[int, int]] = []
+    done = stage(host, web.url, "chat", name, report=lambda *now: seen.append(now))
+    target = host.releases("chat") / name
+    assert done["changed"]
+    assert (target / "files" / "model.gguf").read_bytes() == MODEL
+    assert seen[-1] == (len(MODEL) + 2, len(MODEL) + 2)
+    assert [oct(path.stat().st_mode & 0o777) for path in (target, target / "files" / "model.gguf")] == ["0o555", "0o444"]
+    assert is_staged(host, "chat", name)
+
+
+def test_the_second_time_there_is_nothing_to_do(host: Paths, web: Web, gateway: Path, keys: Keys) -> None:
+    name = publish(web, lay_down(gateway, {"model.gguf": MODEL}, keys.private))
+    stage(host, web.url, "chat", name)
+    web.asked.clear()
+    assert not stage(host, web.url, "chat", name)["changed"]
+    assert web.asked == []
+
+
+def test_files_of_another_release_are_linked_and_not_fetched(host: Paths, web: Web, gateway: Path, keys: Keys) -> None:
+    first = publish(web, lay_down(gateway, {"model.gguf": MODEL}, keys.private, "v1"))
+    stage(host, web.url, "chat", first)
+    second = publish(web, lay_down(gateway, {"model.gguf": MODEL, "new.json": b"{}"}, keys.private, "v2", threads=2))
+    web.asked.clear()
+    done = stage(host, web.url, "chat", second, free_bytes=lambda _: 300_000_000)
+    one, two = (host.releases("chat") / name / "files" / "model.gguf" for name in (first, second))
+    assert one.stat().st_ino == two.stat().st_ino
+    assert done["linked_files"] == 1
+    assert not [path for path, _ in web.asked if path.endswith("model.gguf")]
+
+
+def test_a_damaged_file_of_another_release_is_not_taken_over(host: Paths, web: Web, gateway: Path, keys: Keys) -> None:
+    first = publish(web, lay_down(gateway, {"model.gguf": MODEL}, keys.private, "v1"))
+    stage(host, web.url, "chat", first)
+    kept = host.releases("chat") / first / "files" / "model.gguf"
+    kept.chmod(0o644)
+    kept.write_bytes(b"?" + MODEL[1:])
+    second = publish(web, lay_down(gateway, {"model.gguf": MODEL}, keys.private, "v2"))
+    assert refusal(host, web, second).code == "release.tampered"
+
+
+def test_an_interrupted_stage_goes_on_with_what_it_has(host: Paths, web: Web, gateway: Path, keys: Keys) -> None:
+    name = publish(web, lay_down(gateway, {"a.json": b"{}", "model.gguf": MODEL}, keys.private))
+    model = f"/releases/chat/{name}/files/model.gguf"
+    kept = web.content.pop(model)
+    with pytest.raises(OpsctlError):
+        stage(host, web.url, "chat", name)
+    partial = host.releases("chat") / ".staging" / name / "files" / "model.gguf.part"
+    partial.write_bytes(MODEL[:150_000])
+    (partial.parent / "left-over.link").write_bytes(b"rubbish")
+    web.content[model] = kept
+    web.asked.clear()
+    assert stage(host, web.url, "chat", name)["fetched_bytes"] == 50_000
+    assert [asked for asked in web.asked if "/files/" in asked[0]] == [(model, "bytes=150000-")]
+    assert sorted(os.listdir(host.releases("chat") / name / "files")) == ["a.json", "model.gguf"]
+
+
+def test_corrupted_on_the_gateway_after_signing(host: Paths, web: Web, gateway: Path, keys: Keys) -> None:
+    name = publish(web, lay_down(gateway, {"model.gguf": MODEL}, keys.private))
+    web.content[f"/releases/chat/{name}/files/model.gguf"] = MODEL[:-1] + b"!"
+    error = refusal(host, web, name)
+    assert (error.code, int(error.exit_code)) == ("fetch.corrupted", 5)
+
+
+def test_unsigned_on_the_gateway(host: Paths, web: Web, gateway: Path, keys: Keys) -> None:
+    name = publish(web, lay_down(gateway, {"model.gguf": MODEL}, keys.private))
+    del web.content[f"/releases/chat/{name}/manifest.json.sig"]
+    assert refusal(host, web, name).code == "release.unsigned"
+    assert not [path for path, _ in web.asked if "/files/" in path]
+
+
+def test_a_foreign_signature(host: Paths, web: Web, gateway: Path, tmp_path: Path) -> None:
+    name = publish(web, lay_down(gateway, {"model.gguf": MODEL}, make_keys(tmp_path / "other").private))
+    assert refusal(host, web, name).code == "release.foreign_signature"
+
+
+def test_another_release_under_the_asked_name(host: Paths, web: Web, gateway: Path, keys: Keys) -> None:
+    directory = lay_down(gateway, {"model.gguf": MODEL}, keys.private)
+    web.content.update({path.replace(directory.name, "v1-000000000000"): content
+                        for path, content in published(directory).items()})
+    assert refusal(host, web, "v1-000000000000").code == "release.tampered"
+
+
+def test_not_on_the_gateway(host: Paths, web: Web) -> None:
+    assert refusal(host, web, "v9-000000000000").code == "release.not_on_gateway"
+
+
+def test_it_does_not_fit(host: Paths, web: Web, gateway: Path, keys: Keys) -> None:
+    name = publish(web, lay_down(gateway, {"model.gguf": MODEL}, keys.private))
+    error = refusal(host, web, name, free_bytes=lambda _: 100_000_000)
+    assert (error.code, int(error.exit_code)) == ("host.disk_full", 5)
+    assert not [path for path, _ in web.asked if "/files/" in path]
+
+
+def test_a_release_that_lost_a_file_is_brought_again(host: Paths, web: Web, gateway: Path, keys: Keys) -> None:
+    name = publish(web, lay_down(gateway, {"model.gguf": MODEL}, keys.private))
+    stage(host, web.url, "chat", name)
+    folder = host.releases("chat") / name / "files"
+    folder.chmod(0o755)
+    (folder / "model.gguf").unlink()
+    assert not is_staged(host, "chat", name)
+    assert stage(host, web.url, "chat", name)["changed"]
+    assert (folder / "model.gguf").read_bytes() == MODEL
+
+
+def test_a_broken_release_that_serves_is_left_for_a_person(host: Paths, web: Web, gateway: Path, keys: Keys) -> None:
+    name = publish(web, lay_down(gateway, {"model.gguf": MODEL}, keys.private))
+    stage(host, web.url, "chat", name)
+    (host.services / "chat" / "current.0").symlink_to(f"releases/{name}")
+    folder = host.releases("chat") / name / "files"
+    folder.chmod(0o755)
+    (folder / "model.gguf").unlink()
+    with pytest.raises(RefusedError) as error:
+        stage(host, web.url, "chat", name)
+    assert error.value.code == "release.broken"
+
+
+def wheel(folder: Path, code: str = "") -> tuple[Path, Engine]:
+    """An engine's wheel that is quickly built, and the engine that pins it."""
+    path = folder / "xllamacpp-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("xllamacpp/__init__.py"), code)
+        info = "xllamacpp-1.0.dist-info"
+        archive.writestr(zipfile.ZipInfo(f"{info}/METADATA"), "Metadata-Version: 2.1\nName: xllamacpp\nVersion: 1.0\n")
+        archive.writestr(zipfile.ZipInfo(f"{info}/WHEEL"), "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(zipfile.ZipInfo(f"{info}/RECORD"), "")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return path, Engine("llamacpp", "1.0", ">=3.10", f"xllamacpp==1.0 --hash=sha256:{digest}\n")
+
+
+def test_the_engines_environment_comes_from_the_gateways_wheels_alone(host: Paths, web: Web, tmp_path: Path) -> None:
+    path, engine = wheel(tmp_path)
+    web.content["/wheels/"] = f'<a href="{path.name}">{path.name}</a>'.encode()
+    web.content[f"/wheels/{path.name}"] = path.read_bytes()
+    assert environment.build(host, engine, f"{web.url}/wheels/")
+    folder = host.engines / engine.directory
+    assert (folder / ".complete").exists()
+    assert (folder / "lock.txt").read_text() == engine.lock
+    assert not environment.build(host, engine, f"{web.url}/wheels/")
+    assert {asked for asked, _ in web.asked} == {"/wheels/", f"/wheels/{path.name}"}
+
+
+def test_a_wheel_with_another_hash_makes_no_environment(host: Paths, web: Web, tmp_path: Path) -> None:
+    path, engine = wheel(tmp_path)
+    web.content["/wheels/"] = f'<a href="{path.name}">{path.name}</a>'.encode()
+    wheel(tmp_path, "print('evil')")
+    web.content[f"/wheels/{path.name}"] = path.read_bytes()
+    with pytest.raises(OpsctlError) as error:
+        environment.build(host, engine, f"{web.url}/wheels/")
+    assert error.value.code == "engine.not_built"
+    assert any("hash" in line.lower() for line in error.value.log_tail)
+    assert not environment.is_complete(host, engine)
+
+
+@pytest.mark.parametrize(("wanted", "fits"), [
+    (">=3.10", True), (">=3.13", False), ("3.11", True), ("3.1", False), ("3.12", False),
+])
+def test_which_python_fits(wanted: str, fits: bool) -> None:
+    assert environment.python_fits(wanted, (3, 11)) is fits
+
+
+def test_a_python_that_does_not_fit_is_refused_before_anything_is_built(host: Paths) -> None:
+    engine = Engine("llamacpp", "2.0", f"3.{sys.version_info[1] + 1}", ENGINE.lock)
+    with pytest.raises(RefusedError) as error:
+        environment.build(host, engine, "http://127.0.0.1:9/wheels/")
+    assert error.value.code == "engine.python"
+    assert not (host.engines / engine.directory).exists()
