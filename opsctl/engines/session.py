@@ -235,11 +235,11 @@ class _Remote(_Way):
         except (paramiko.SSHException, OSError, EOFError) as error:
             raise _lost(host, error) from None
         finally:
-            channel.close()
+            _close(channel)
 
     def _exchange(self, channel: paramiko.Channel, argv: list[str], chunks: Iterable[bytes], timeout_s: float,
                   host: Host) -> Completed:
-        watch = _Watch(timeout_s, channel.close)
+        watch = _Watch(timeout_s, lambda: _close(channel))
         try:
             channel.exec_command(shlex.join(argv))  # the one place where an argument vector becomes a shell's text
             readers = [_Reader(lambda: channel.recv(CHUNK), watch), _Reader(lambda: channel.recv_stderr(CHUNK), watch)]
@@ -269,7 +269,7 @@ class _Remote(_Way):
     def close(self) -> None:
         connection, self._connection = self._connection, None
         while connection:  # closing one leaves its gateway open
-            connection.close()
+            _close(connection)
             connection = connection.gateway
 
     def _open(self) -> Connection:
@@ -289,10 +289,16 @@ class _Remote(_Way):
                     hop.open()
         except BaseException:
             for hop in reversed(chain):
-                hop.close()
+                _close(hop)
             raise
         self._connection = connection
         return connection
+
+
+def _close(what: Connection | paramiko.Channel) -> None:
+    """Closing says goodbye, which fails where nobody listens any more."""
+    with contextlib.suppress(OSError, EOFError, paramiko.SSHException):
+        what.close()
 
 
 def _connection(fleet: Fleet, host: Host) -> Connection:
