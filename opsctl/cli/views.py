@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -133,7 +133,7 @@ class LiveView(View):
             counts = Text.assemble((f"{row.ok} ok", "green"), "  ", (f"{row.changed} changed", "yellow"), "  ",
                                    (f"{row.failed} failed", "bold red") if row.failed else "")
             table.add_row(Text(host, "bold"), counts, Text(row.now, "dim"))
-        parts = [Text(f"{self._phase}  {self._task}".strip(), "bold cyan"), table]
+        parts: list[RenderableType] = [Text(f"{self._phase}  {self._task}".strip(), "bold cyan"), table]
         parts += [Text(f"{event.host:<10} {event.subject}: {progress_words(event)}") for event in
                   self._progress.values()]
         return Group(*parts)
