@@ -158,5 +158,5 @@ def _table(labs: list[dict[str, Any]]) -> Table:
             login = machine["user"] + (f" via {machine['proxy_jump']}" if machine["proxy_jump"] else "")
             style = {"running": "green", "off": "red", "unprepared": "yellow"}[machine["state"]]
             table.add_row(lab["name"], machine["name"], f"[{style}]{machine['state']}[/]", machine["address"], login,
-                          f"{machine['disk_bytes'] / 1e6:.0f} MB")
+                          f"{machine['disk_bytes'] / 1e6:.0f} MB" if machine["disk_bytes"] else "-")
     return table

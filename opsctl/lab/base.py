@@ -6,6 +6,7 @@ debootstrap gets no mirror: its own default, and this computer's apt proxy setti
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-from opsctl.engines.child import stop_group
+from opsctl.engines.child import die_with_parent, stop_group
 from opsctl.engines.events import Emit, Note, PhaseStarted, Progress
 from opsctl.errors import OpsctlError
 from opsctl.lab.commands import CommandError, run, tool_environment
@@ -61,9 +62,12 @@ def ensure_base(suite: str, emit: Emit) -> Path:
         if wanted.is_dir():
             return wanted
         for leftover in bases.glob("*.building"):
-            _discard(leftover)
+            try:
+                _discard(leftover)
+            except (OSError, OpsctlError):
+                emit(Note(f"{leftover}, of a build that was killed, is still in use; it goes with the next build"))
         emit(PhaseStarted(f"Base root: {SUITES[suite]}, built once (about a minute and a half)"))
-        building = bases / f"{wanted.name}.building"
+        building = bases / f"{wanted.name}.{os.getpid()}.building"  # its own: a killed build's dpkg may write on
         log = bases / "debootstrap.log"
         try:
             _bootstrap(suite, building, log, emit)
@@ -84,13 +88,14 @@ def debootstrap_argv(suite: str, target: Path) -> list[str]:
 
 def _bootstrap(suite: str, target: Path, log: Path, emit: Emit) -> None:
     process = subprocess.Popen(debootstrap_argv(suite, target), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-                               env={**tool_environment(), "DEBIAN_FRONTEND": "noninteractive"})
+                               stderr=subprocess.STDOUT, start_new_session=True,
+                               env={**tool_environment(), "DEBIAN_FRONTEND": "noninteractive"},
+                               preexec_fn=die_with_parent)  # noqa: PLW1509 - the lab starts no threads
     assert process.stdout is not None  # noqa: S101 - for the type checker
     try:
-        said = follow(process.stdout, log, emit)
+        said = follow(io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace"), log, emit)
     except BaseException:
-        stop_group(process, signal.SIGTERM)  # type: ignore[arg-type]
+        stop_group(process, signal.SIGTERM)
         raise
     finally:
         process.stdout.close()

@@ -235,6 +235,7 @@ def snapshot(name: str | None, label: str, emit: Emit) -> Lab:
             lab = state.save(lab.with_machine(machines.power_off(lab, machine)))
         kept = lab.directory / "snapshots" / label
         kept.mkdir(parents=True, exist_ok=True)
+        kept.parent.chmod(0o700)
         if label in lab.snapshots:  # half a snapshot is none
             lab = state.save(dataclasses.replace(lab, snapshots={
                 known: ran for known, ran in lab.snapshots.items() if known != label}))
@@ -280,11 +281,12 @@ def describe(lab: Lab) -> dict[str, Any]:
     }
 
 
-def _disk_bytes(image: Path) -> int:
+def _disk_bytes(image: Path) -> int | None:
+    """None: there is none yet, or it is root's to see."""
     try:
         return image.stat().st_blocks * 512
-    except FileNotFoundError:
-        return 0
+    except (FileNotFoundError, PermissionError):
+        return None
 
 
 def require_root() -> None:

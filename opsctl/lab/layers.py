@@ -52,7 +52,7 @@ def share(directory: Path) -> None:
     a copy would stay as long as the machine: another's disk would never really be unmounted, and a lost one come back
     as the dead file system that it was.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # disks hold private keys
     if directory not in {seen.point for seen in mounts()}:
         run(["mount", "--bind", directory, directory])
         run(["mount", "--make-private", directory])
@@ -70,6 +70,7 @@ def mount(place: Path, base: Path) -> None:
         upper, work = layer(place) / "upper", layer(place) / "work"
         for directory in (upper, work, root(place)):
             directory.mkdir(exist_ok=True)
+        upper.chmod(0o755)  # it is the machine's /, whatever the umask here
         options = f"lowerdir={base},upperdir={upper},workdir={work}"
         run(["mount", "-t", "overlay", "-o", options, "overlay", root(place)])
 

@@ -110,8 +110,10 @@ def boot(lab: Lab, machine: Machine) -> Machine:
     """Starts a machine and comes back at once; ``wait_until_up`` waits."""
     assert lab.base is not None, "a prepared machine has a base"  # noqa: S101 - for the type checker
     place = lab.place(machine)
+    if strays(place):  # booted by a command that died before it could say so
+        end(lab, machine)
     layers.mount(place, lab.base)
-    network.remove(network.link_of(lab.number, machine.name))  # left by a computer that crashed
+    network.remove(network.link_of(lab.number, machine.name))
     environment = tool_environment()
     if not cgroups.is_unified():
         environment["SYSTEMD_NSPAWN_UNIFIED_HIERARCHY"] = "1"
