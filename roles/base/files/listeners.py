@@ -39,18 +39,23 @@ def is_ours(unit: str, ours: str) -> bool:
     return unit.partition("@")[0] == ours.partition("@")[0]
 
 
-def holders(sockets: dict[str, int]) -> Iterator[tuple[int, str, str, str]]:
-    """(port, process number, program, unit) of each process that holds one of the sockets."""
+def holders(sockets: dict[str, int]) -> Iterator[tuple[int, str, str]]:
+    """(port, unit, who in words) of each process that holds one of the sockets, and of sockets that nobody shows."""
+    hidden = set(sockets)
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():
             continue
         try:
             links = {str(descriptor.readlink()) for descriptor in (process / "fd").iterdir()}
             for socket in links & sockets.keys():
+                hidden.discard(socket)
                 program = (process / "comm").read_text(encoding="utf-8").strip()
-                yield sockets[socket], process.name, program, unit_of((process / "cgroup").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended while we looked
+                unit = unit_of((process / "cgroup").read_text(encoding="utf-8"))
+                yield sockets[socket], unit, f"{program} (pid {process.name}, {unit})"
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # it ended while we looked, or is not ours to look at
+    for socket in hidden:
+        yield sockets[socket], "", "something that no process shows"
 
 
 def main() -> None:
@@ -59,10 +64,9 @@ def main() -> None:
     for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
         if path.exists():
             sockets |= listening_sockets(path.read_text(encoding="ascii"), set(wanted))
-    sys.stdout.write(json.dumps([
-        {"port": port, "unit": unit, "sentence": f"{port} is held by {program} (pid {process}, {unit})"}
-        for port, process, program, unit in sorted(holders(sockets)) if not is_ours(unit, wanted[port])
-    ]))
+    foreign = {(port, unit): who for port, unit, who in holders(sockets) if not is_ours(unit, wanted[port])}
+    sys.stdout.write(json.dumps([{"port": port, "unit": unit, "sentence": f"{port} is held by {who}"}
+                                 for (port, unit), who in sorted(foreign.items())]))
 
 
 if __name__ == "__main__":
