@@ -66,8 +66,7 @@ def up(name: str, gpu_hosts: int | None, fleet: Path | None, suite: str | None, 
             lab = _allocate(name, gpu_hosts or GPU_HOSTS, directory, suite or DEFAULT_SUITE, emit)
         else:
             _check_same(lab, gpu_hosts, fleet, suite)
-        if lab.base is None or not lab.base.is_dir():
-            lab = state.save(dataclasses.replace(lab, base=ensure_base(lab.suite, emit)))
+        lab = _with_base(lab, emit)
         lab = _prepare(lab, emit)
         wanted = tuple(machine.name for machine in lab.machines if machine.condition != "running")
         lab = _boot(lab, wanted, emit)
@@ -75,6 +74,21 @@ def up(name: str, gpu_hosts: int | None, fleet: Path | None, suite: str | None, 
             emit(Note("this computer's firewall (Docker's, most likely) keeps the machines from each other; mend it: "
                       f"iptables -I FORWARD -i {lab.bridge} -o {lab.bridge} -j ACCEPT", "warning"))
         return Brought(lab, wanted)
+
+
+def _with_base(lab: Lab, emit: Emit) -> Lab:
+    """The lab with its base root there.
+
+    Raises:
+        RefusedError: the base that its disks lie above was removed, and another one would not fit below them.
+    """
+    if lab.base is not None and lab.base.is_dir():
+        return lab
+    base = ensure_base(lab.suite, emit)
+    if lab.base not in (None, base) and any(machine.prepared for machine in lab.machines):
+        raise RefusedError("lab.base_gone", f"the base root of the lab {lab.name}, {lab.base}, is gone.",
+                           hint=f"opsctl lab down --name {lab.name}, then up makes it anew")
+    return state.save(dataclasses.replace(lab, base=base))
 
 
 def _check_same(lab: Lab, gpu_hosts: int | None, fleet: Path | None, suite: str | None) -> None:
