@@ -224,18 +224,29 @@ class _Remote(_Way):
         return str(self._open().user)
 
     def exchange(self, argv: list[str], chunks: Iterable[bytes], timeout_s: float, host: Host) -> Completed:
-        connection = self._open()
         try:
-            channel = connection.transport.open_session(timeout=max(timeout_s, 1.0))
+            channel = self._channel(timeout_s)
         except (paramiko.SSHException, OSError, EOFError) as error:
             self.close()
             raise _lost(host, error) from None
         try:
             return self._exchange(channel, argv, chunks, timeout_s, host)
         except (paramiko.SSHException, OSError, EOFError) as error:
+            self.close()
             raise _lost(host, error) from None
         finally:
             _close(channel)
+
+    def _channel(self, timeout_s: float) -> paramiko.Channel:
+        """A channel for one command; a connection that broke since the last one is made anew: nothing was asked yet."""
+        reused = self._connection is not None
+        try:
+            return self._open().transport.open_session(timeout=timeout_s)
+        except (paramiko.SSHException, OSError, EOFError):
+            self.close()
+            if not reused:
+                raise
+            return self._open().transport.open_session(timeout=timeout_s)
 
     def _exchange(self, channel: paramiko.Channel, argv: list[str], chunks: Iterable[bytes], timeout_s: float,
                   host: Host) -> Completed:
@@ -260,10 +271,11 @@ class _Remote(_Way):
             watch.stop()
         if watch.expired:
             raise _timed_out(host, argv, timeout_s)
-        if not channel.exit_status_ready() or channel.exit_status == -1:
+        if channel.exit_status == -1:  # killed by a signal, or the connection broke, which shows in a moment
             transport = channel.get_transport()
+            transport.join(0.5)
             if not transport.is_active():
-                raise _lost(host, transport.get_exception() or EOFError("the connection was closed"))
+                raise transport.get_exception() or EOFError("it was closed")
         return Completed(channel.exit_status if channel.exit_status >= 0 else 255, stdout, stderr)
 
     def close(self) -> None:

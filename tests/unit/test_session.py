@@ -201,6 +201,19 @@ def test_connection_that_breaks_under_a_command_is_said_and_made_anew(tmp_path: 
         assert session.run(["echo", "again"], sudo=False).stdout == "again\n"
 
 
+def test_connection_that_broke_between_commands_is_made_anew(tmp_path: Path, server: Server, client_key: Path) -> None:
+    host = remote(server, client_key)
+    with Session(make_fleet(tmp_path, host, pins=server.pin), host) as session:
+        session.run(["true"])
+        for transport in server.transports:
+            transport.close()
+        assert session.run(["echo", "again"], sudo=False).stdout == "again\n"
+
+
+def test_command_killed_by_a_signal_is_not_a_broken_connection(session: Session) -> None:
+    assert session.run(["sh", "-c", "kill -9 $$"], sudo=False).returncode > 128
+
+
 def test_commands_do_not_wait_for_delayed_acknowledgements(tmp_path: Path, server: Server, client_key: Path) -> None:
     host = remote(server, client_key)
     with Session(make_fleet(tmp_path, host, pins=server.pin), host) as session:
