@@ -327,6 +327,7 @@ def test_plain_ssh_takes_the_same_configuration(tmp_path: Path, behind_jumps: tu
     done = ssh("-o", "ControlPath=none", "gpu-1", "echo", "far")
     assert done.returncode == 255
     assert "Host key verification failed" in done.stderr
+    ssh("-O", "exit", "ops-1")  # the jump's shared connection would stay for a minute
 
 
 def test_users_own_ssh_configuration_does_not_matter(tmp_path: Path, server: Server, client_key: Path,
