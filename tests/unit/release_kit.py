@@ -98,10 +98,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     web: Web
 
-    def do_HEAD(self) -> None:  # noqa: N802 - the library's name
+    def do_HEAD(self) -> None:
         self.do_GET()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         wanted = self.headers.get("Range", "")
         self.web.asked.append((self.path, wanted))
         body = self.web.answer(self.path) if self.web.answer else self.web.content.get(self.path)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tomllib
-
 import pytest
+import tomllib
 
 from opsctl.agent import flat_toml
 
@@ -40,7 +39,7 @@ def test_it_reads_as_tomllib_does(text: str) -> None:
     "a = 1\na = 2", "a = [1", "a = [1 2]", 'a = "x', 'a = "\\x"', "a = truex",
 ])
 def test_what_it_does_not_know_it_refuses(text: str) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011 - the text names line and cause
+    with pytest.raises(ValueError):
         flat_toml.read_flat(text)
 
 

@@ -1,0 +1,287 @@
+"""Jobs, first starts, launching and the host's state, against a systemd that is played."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from release_kit import ENGINE, Keys, Web, build_environment, lay_down, make_host, make_keys, serving
+
+from opsctl.agent import host as host_program
+from opsctl.agent import job, launch, systemd
+from opsctl.agent.first_start import first_start
+from opsctl.agent.paths import Paths
+from opsctl.agent.state import state
+from opsctl.errors import OpsctlError, RefusedError, RolledBackError
+
+UNIT = "inference@chat.0.service"
+
+
+@dataclass
+class Systemd:
+    """Plays systemd: units are active or not; ``on`` reacts to an order."""
+
+    units: dict[str, str] = field(default_factory=dict)
+    restarts: int = 0
+    log: list[str] = field(default_factory=list)
+    orders: list[list[str]] = field(default_factory=list)
+    on: Callable[[list[str]], None] = lambda _: None
+
+    def __call__(self, argv: Sequence[str], timeout_s: float = 0) -> subprocess.CompletedProcess[str]:
+        self.orders.append(list(argv))
+        text = ""
+        if argv[:2] == ["systemctl", "show"]:
+            text = "\n\n".join(
+                f"Id={unit}\nLoadState=loaded\nActiveState={self.units.get(unit, 'inactive')}\nSubState=running\n"
+                f"NRestarts={self.restarts}\nActiveEnterTimestamp=n/a" for unit in argv[argv.index("--") + 1:])
+        elif argv[:2] == ["systemctl", "start"]:
+            self.units[argv[-1]] = "active"
+        elif argv[:2] == ["systemctl", "stop"]:
+            self.units[argv[-1]] = "inactive"
+        elif argv[0] == "journalctl":
+            text = "\n".join(self.log)
+        self.on(list(argv))
+        return subprocess.CompletedProcess(argv, 0, text, "")
+
+    def ordered(self, verb: str) -> bool:
+        return any(argv[:2] == ["systemctl", verb] for argv in self.orders)
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    return make_keys(tmp_path_factory.mktemp("keys"))
+
+
+@pytest.fixture
+def engine() -> Iterator[Web]:
+    """An engine that answers as chat's release does, once ``content`` says so."""
+    with serving({}) as web:
+        yield web
+
+
+@pytest.fixture
+def host(tmp_path: Path, keys: Keys, engine: Web) -> Paths:
+    paths = make_host(tmp_path / "host", keys, port=int(engine.url.rpartition(":")[2]))
+    build_environment(paths)
+    return paths
+
+
+@pytest.fixture
+def release(host: Paths, keys: Keys) -> str:
+    return lay_down(host.releases("chat"), {"model.gguf": b"weights"}, keys.private, start_timeout_s=5).name
+
+
+def serve(engine: Web, *names: str) -> None:
+    engine.content.update({
+        "/health": b"{}",
+        "/v1/models": json.dumps({"data": [{"id": names[0], "aliases": list(names)}]}).encode(),
+        "/metrics": b"llamacpp:requests_processing 3\nllamacpp:requests_deferred 1\n"})
+
+
+def start(host: Paths, release: str, units: Systemd) -> dict[str, Any]:
+    clock = iter(range(1000))
+    return first_start(host, "chat.0", release, run=units, clock=lambda: float(next(clock)), pause=lambda _: None)
+
+
+def current(host: Paths) -> Path:
+    return host.services / "chat" / "current.0"
+
+
+def test_a_first_start(host: Paths, engine: Web, release: str) -> None:
+    serve(engine, "chat", f"chat@{release}")
+    units = Systemd()
+    assert start(host, release, units) == {"changed": True, "instance": "chat.0", "release": release}
+    assert current(host).readlink() == Path(f"releases/{release}")
+    assert units.units[UNIT] == "active"
+    assert not host.undo("chat.0").exists()
+
+
+def test_an_instance_that_has_served_is_left_alone(host: Paths, engine: Web, release: str) -> None:
+    current(host).symlink_to("releases/v0-000000000000")
+    units = Systemd()
+    assert start(host, release, units) == {"changed": False, "instance": "chat.0", "release": "v0-000000000000"}
+    assert units.orders == []
+
+
+@pytest.mark.parametrize("failure", ["dies", "restarts", "never healthy", "another release answers"])
+def test_what_does_not_come_up_is_undone_and_its_log_is_told(host: Paths, engine: Web, release: str, failure: str
+                                                             ) -> None:
+    units = Systemd(log=["loading model", "boom"])
+    if failure == "dies":
+        units.on = lambda argv: units.units.update({UNIT: "failed"}) if argv[1] == "start" else None
+    elif failure == "restarts":
+        units.restarts = 1
+    elif failure == "another release answers":
+        serve(engine, "chat", "chat@v0-000000000000")
+    with pytest.raises(RolledBackError) as error:
+        start(host, release, units)
+    assert error.value.log_tail == ("loading model", "boom")
+    assert int(error.value.exit_code) == 6
+    assert units.ordered("stop")
+    assert not current(host).is_symlink()
+    assert not host.undo("chat.0").exists()
+
+
+def test_the_undo_is_written_before_the_first_act(host: Paths, engine: Web, release: str) -> None:
+    def power_cut(argv: list[str]) -> None:
+        if argv[1] == "start":
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        start(host, release, Systemd(on=power_cut))
+    assert host.undo("chat.0").exists()
+    assert current(host).is_symlink()
+    serve(engine, "chat", f"chat@{release}")
+    units = Systemd()
+    assert start(host, release, units)["changed"]  # and not "it has served before"
+    assert units.ordered("stop")
+
+
+def test_a_release_that_is_not_staged(host: Paths) -> None:
+    units = Systemd()
+    with pytest.raises(RefusedError) as error:
+        start(host, "v9-000000000000", units)
+    assert error.value.code == "release.not_staged"
+    assert units.orders == []
+
+
+# opsctl-launch
+
+
+def test_release_and_placement_become_one_command(host: Paths, release: str) -> None:
+    current(host).symlink_to(f"releases/{release}")
+    argv = launch.prepare(host, "chat.0").argv
+    assert argv[0] == str(host.engines / ENGINE.directory / "bin/python")
+    assert argv[argv.index("--model") + 1] == str(host.releases("chat") / release / "files" / "model.gguf")
+    assert [argv[at + 1] for at, word in enumerate(argv) if word == "--name"] == ["chat", f"chat@{release}"]
+
+
+@pytest.mark.parametrize(("harm", "code", "exit_code"), [
+    (lambda host, release: current(host).unlink(), "instance.no_release", 5),
+    (lambda host, release: (host.releases("chat") / release / "manifest.json.sig").unlink(), "release.unsigned", 5),
+    (lambda host, release: host.allowed_signers.unlink(), "trust.missing", 3),
+    (lambda host, release: (host.placements / "chat.0.toml").write_text("instance = 'chat.1'\n"), "host.bad_file", 3),
+    (lambda host, release: (host.placements / "chat.0.toml").unlink(), "instance.unknown", 3),
+    (lambda host, release: (host.engines / ENGINE.directory / ".complete").unlink(), "engine.not_built", 5),
+])
+def test_what_may_not_run_does_not(host: Paths, release: str, harm: Callable[[Paths, str], None], code: str,
+                                   exit_code: int) -> None:
+    current(host).symlink_to(f"releases/{release}")
+    harm(host, release)
+    with pytest.raises(OpsctlError) as error:
+        launch.prepare(host, "chat.0")
+    assert (error.value.code, int(error.value.exit_code)) == (code, exit_code)
+
+
+# opsctl-host state
+
+
+def test_the_state_of_a_serving_host(host: Paths, engine: Web, release: str) -> None:
+    serve(engine, "chat")
+    current(host).symlink_to(f"releases/{release}")
+    found = state(host, Systemd({UNIT: "active"}))
+    assert found["schema"] == "opsctl.host-state/v1"
+    (instance,) = found["instances"]
+    assert {key: instance[key] for key in ("instance", "unit", "release", "health", "running", "waiting")} == {
+        "instance": "chat.0", "unit": "active", "release": "v1", "health": "healthy", "running": 3, "waiting": 1}
+    (stored,) = found["releases"]
+    assert stored["complete"]
+    assert stored["digest"] == instance["digest"]
+    assert stored["bytes"] == len(b"weights")
+
+
+def test_the_state_of_a_host_that_has_never_served(host: Paths) -> None:
+    (instance,) = state(host, Systemd())["instances"]
+    assert (instance["release"], instance["health"], instance["running"]) == ("", "unknown", None)
+
+
+def test_an_engine_that_hangs_is_unhealthy(host: Paths, engine: Web, release: str) -> None:
+    current(host).symlink_to(f"releases/{release}")
+    (instance,) = state(host, Systemd({UNIT: "active"}))["instances"]
+    assert (instance["health"], instance["running"]) == ("unhealthy", None)
+
+
+# Jobs
+
+
+def test_a_job_runs_as_a_unit_and_is_found_again(host: Paths) -> None:
+    units = Systemd()
+    assert job.start(host, "opsctl-stage-chat-v1", ["work-stage"], units)
+    (order,) = [argv for argv in units.orders if argv[0] == "systemd-run"]
+    assert "--unit=opsctl-stage-chat-v1.service" in order
+    assert order[-1] == "work-stage"
+    units.units["opsctl-stage-chat-v1.service"] = "active"
+    assert not job.start(host, "opsctl-stage-chat-v1", ["work-stage"], units)
+    reporter = job.Reporter(host, "opsctl-stage-chat-v1")
+    reporter.doing("fetch")
+    reporter.progress(5, 10)
+    assert job.look(host, "opsctl-stage-chat-v1", units)["done"] == 5
+    reporter.finished({"changed": True})
+    units.units.clear()
+    assert job.look(host, "opsctl-stage-chat-v1", units)["result"] == {"changed": True}
+
+
+def test_a_job_that_died_is_told_with_its_log(host: Paths) -> None:
+    units = Systemd(log=["Killed"])
+    job.Reporter(host, "j")
+    status = job.look(host, "j", units)
+    assert status["state"] == "failed"
+    assert status["error"]["log_tail"] == ["Killed"]
+
+
+def test_a_job_that_never_was(host: Paths) -> None:
+    assert job.look(host, "j", Systemd())["state"] == "none"
+
+
+def test_watching_ends_when_time_is_over_and_the_job_goes_on(host: Paths) -> None:
+    units = Systemd({"j.service": "active"})
+    clock = iter(range(100))
+    status = job.wait(host, "j", 3.0, lambda _: None, units, clock=lambda: float(next(clock)), pause=lambda _: None)
+    assert status["state"] == "running"
+
+
+def test_units_are_read_in_the_order_asked() -> None:
+    text = "Id=a\nActiveState=active\nNRestarts=2\n\nId=b\nActiveState=failed\nActiveEnterTimestamp=Sun 2026-01-01\n"
+    found = systemd.parse_show(text, ["a.service", "b.service"])
+    assert (found["a.service"].active, found["a.service"].restarts) == ("active", 2)
+    assert (found["b.service"].active, found["b.service"].since) == ("failed", "Sun 2026-01-01")
+    assert systemd.parse_show("", ["a.service"])["a.service"].active == ""  # no answer is not "inactive"
+
+
+# The command line of opsctl-host
+
+
+def said(argv: list[str]) -> tuple[int, dict[str, Any]]:
+    out = io.StringIO()
+    with redirect_stdout(out):
+        code = host_program.main(argv)
+    return code, json.loads(out.getvalue())
+
+
+def test_an_error_is_one_document(host: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.settings.unlink()
+    monkeypatch.setattr(host_program, "Paths", lambda: host)
+    code, document = said(["state", "--json"])
+    assert code == 3
+    assert document["error"]["code"] == "host.not_provisioned"
+    assert document["exit_code"] == 3
+
+
+@pytest.mark.parametrize("argv", [["stage", "--service", "../x", "--release", "v1-000000000000"],
+                                  ["stage", "--service", "chat", "--release", "v1"], ["nonsense"]])
+def test_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        host_program.main(argv)
+    assert stopped.value.code == 2
+
+
+def test_acts_want_root(host: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    code, document = said(["ledger-append", "--service", "chat", "--version", "v1", "--digest", "a", "--after", "0"])
+    assert (code, document["error"]["code"]) == (5, "host.needs_root")
