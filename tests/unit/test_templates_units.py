@@ -1,0 +1,121 @@
+"""The units that opsctl installs: what systemd makes of them, and what they promise."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import tomllib
+from rendering import render
+
+ENGINE = "templates/inference@.service.j2"
+AGENT = "templates/opsctl-agent.service.j2"
+needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not here")
+
+
+def settings(unit: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for line in unit.splitlines():
+        key, equals, value = line.partition("=")
+        if equals and not line.startswith("#"):
+            found.setdefault(key, []).append(value)
+    return found
+
+
+@needs_systemd
+@pytest.mark.parametrize(("template", "name"), [(ENGINE, "inference@chat.0.service"), (AGENT, "opsctl-agent.service")])
+def test_systemd_knows_every_line(template: str, name: str, tmp_path: Path) -> None:
+    unit = tmp_path / name
+    program = "/bin/true"  # verify wants it to be there
+    text = render(template)
+    unit.write_text("\n".join(f"ExecStart={program}" if line.startswith("ExecStart=") else line
+                              for line in text.splitlines()) + "\n")
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", unit], capture_output=True,
+                          text=True, check=False)
+    assert name not in done.stderr, done.stderr
+    assert str(unit) not in done.stderr, done.stderr
+
+
+class TestEngine:
+    unit = settings(render(ENGINE))
+
+    def test_it_is_nobody_special(self) -> None:
+        assert self.unit["User"] == ["inference"]
+        assert self.unit["CapabilityBoundingSet"] == [""]
+        assert self.unit["NoNewPrivileges"] == ["yes"]
+
+    def test_it_writes_to_its_caches_and_its_runtime_directory_only(self) -> None:
+        assert self.unit["ProtectSystem"] == ["strict"]
+        assert "ReadWritePaths" not in self.unit
+        assert self.unit["CacheDirectory"] == self.unit["RuntimeDirectory"][0].replace("/instances", "").splitlines()
+        assert "HOME=%C/opsctl/%i" in self.unit["Environment"][0].split()
+
+    def test_the_agent_can_see_its_runtime_directory(self) -> None:
+        assert self.unit["RuntimeDirectory"] == ["opsctl/instances/%i"]
+        assert self.unit["RuntimeDirectoryMode"] == ["0755"]
+        assert self.unit["RuntimeDirectoryPreserve"] == ["no"]
+
+    def test_a_failing_agent_does_not_stop_it(self) -> None:
+        assert "opsctl-agent.service" in self.unit["Wants"][0].split()
+        assert not {"Requires", "BindsTo", "PartOf"} & self.unit.keys()
+
+    def test_it_waits_for_the_disk_with_the_weights(self) -> None:
+        assert "/srv/opsctl" in self.unit["RequiresMountsFor"][0].split()
+
+    def test_what_trying_again_cannot_mend_is_not_tried_again(self) -> None:
+        from opsctl.errors import ExitCode
+
+        assert self.unit["RestartPreventExitStatus"] == [f"{int(ExitCode.CONFIGURATION)} {int(ExitCode.REFUSED)}"]
+
+    def test_nothing_brings_a_device_policy_along(self) -> None:
+        # Each of these implies DeviceAllow=, and with it DevicePolicy=closed: no /dev/nvidia*.
+        assert not {"ProtectClock", "DeviceAllow", "PrivateDevices", "DevicePolicy"} & self.unit.keys()
+
+
+def test_the_agent_never_gives_up() -> None:
+    unit = settings(render(AGENT))
+    assert unit["Type"] == ["notify"]
+    assert unit["Restart"] == ["always"]
+    assert unit["StartLimitIntervalSec"] == ["0"]
+    assert int(unit["WatchdogSec"][0]) > 0
+    assert unit["User"] == ["opsctl-agent"]
+
+
+def test_the_agent_reads_what_the_role_writes() -> None:
+    text = render("roles/agent/templates/agent.toml.j2", agent_host='gpu"1', agent_listen="10.0.0.2",
+                  agent_check_port=9777, agent_gateway_url="http://10.0.0.1:8480")
+    assert tomllib.loads(text) == {"host": 'gpu"1', "listen": "10.0.0.2", "agent_check_port": 9777,
+                                   "gateway_url": "http://10.0.0.1:8480"}
+
+
+PLACEMENT = {"instance": "chat.1", "service": "chat", "index": 1, "host": "gpu-1", "address": "10.0.0.2", "port": 8101,
+             "gpus": ("GPU-a", "GPU-b"), "tensor_parallel": 2}
+
+
+@pytest.mark.parametrize("gpus", [(), ("GPU-a", "GPU-b")])
+def test_a_placement_is_read_back_as_it_was_dealt(gpus: tuple[str, ...]) -> None:
+    text = render("roles/inference/templates/placement.toml.j2", item=PLACEMENT | {"gpus": gpus})
+    wanted = {key: value for key, value in PLACEMENT.items() if key != "host"}
+    assert tomllib.loads(text) == wanted | {"gpus": list(gpus)}
+
+
+def test_the_reader_of_hosts_without_tomllib_reads_it_too() -> None:
+    from opsctl.agent.flat_toml import read_flat
+
+    text = render("roles/inference/templates/placement.toml.j2", item=PLACEMENT)
+    assert read_flat(text) == tomllib.loads(text)
+
+
+def test_an_instance_waits_for_its_own_release() -> None:
+    dropin = settings(render("roles/inference/templates/placement.conf.j2", item=PLACEMENT))
+    assert dropin["ConditionPathExists"] == ["/srv/opsctl/chat/current.1"]
+
+
+def test_haproxy_saves_before_it_reloads_and_before_it_stops() -> None:
+    unit = settings(render("templates/haproxy.service.conf.j2"))
+    assert unit["ExecReload"][0] == "", "the package's own lines stay in front otherwise"
+    programs = [line.split()[0].rsplit("/", 1)[-1] for line in unit["ExecReload"][1:]]
+    assert programs == ["haproxy", "haproxy-state", "kill"]
+    assert unit["ExecStop"] == ["/usr/local/lib/opsctl/haproxy-state stop"]
