@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opsctl.engines.ansible_programs import NO_SETTINGS, ansible_program
 from opsctl.engines.child import die_with_parent, stop_group
 from opsctl.engines.events import Emit, Event, PhaseStarted, TaskResult, TaskStarted
-from opsctl.errors import ConfigurationError, OpsctlError
+from opsctl.errors import ConfigurationError
 from opsctl.resources import PACKAGE, resource
 
 LOG_TAIL_LINES = 20
@@ -47,18 +46,6 @@ class PlaybookOutcome:
     exit_code: int = 0
 
 
-def ansible_program(name: str) -> str:
-    """The path of one of ansible-core's programs: beside this interpreter first, then on PATH."""
-    beside = Path(sys.executable).parent / name
-    if beside.exists():
-        return str(beside)
-    found = shutil.which(name)
-    if found is None:
-        raise OpsctlError("ansible.missing", f"{name} is neither beside {sys.executable} nor on PATH.",
-                          hint="pip install opsctl brings ansible-core; check the environment opsctl runs in")
-    return found
-
-
 def command(inventory: Path, playbook: Path, *, limit: Sequence[str] = (), become_password_file: Path | None = None,
             check: bool = False, variables: Mapping[str, str] | None = None) -> list[str]:
     """The argument vector of one playbook run."""
@@ -79,11 +66,12 @@ def environment(base: Mapping[str, str], *, fleet_directory: Path, ssh_config: P
     kept = {key: value for key, value in base.items() if not key.startswith("ANSIBLE_")}
     configuration = fleet_directory / "ansible.cfg"
     return kept | {
-        "ANSIBLE_CONFIG": str(configuration) if configuration.exists() else os.devnull,
+        "ANSIBLE_CONFIG": str(configuration if configuration.exists() else NO_SETTINGS),
         "ANSIBLE_CALLBACK_PLUGINS": str(PACKAGE / "engines" / "callback"),
         "ANSIBLE_STDOUT_CALLBACK": "opsctl_events",
         "ANSIBLE_ROLES_PATH": str(resource("roles")),
-        "ANSIBLE_SSH_ARGS": f"-F {ssh_config}",
+        # ControlPersist stands in ssh_config too; here Ansible sees it, and renews a shared connection after a reboot
+        "ANSIBLE_SSH_ARGS": f"-F {ssh_config} -o ControlPersist=60s",
         "ANSIBLE_PIPELINING": "True",
         "ANSIBLE_FORKS": "32",
         "ANSIBLE_HOST_KEY_CHECKING": "True",
@@ -165,7 +153,7 @@ def run_playbook(playbook: Path, *, fleet_directory: Path, inventory: Path, ssh_
     with log.open("ab") as said, _event_pipe() as (read_fd, write_fd):
         process = subprocess.Popen(
             arguments, stdin=subprocess.DEVNULL, stdout=said, stderr=said, pass_fds=(write_fd,),
-            start_new_session=True, preexec_fn=die_with_parent,  # noqa: PLW1509 - one prctl call, no allocation
+            start_new_session=True, cwd=fleet_directory, preexec_fn=die_with_parent,  # noqa: PLW1509 - one prctl call, no allocation
             env=environment(os.environ, fleet_directory=fleet_directory, ssh_config=ssh_config, events_fd=write_fd),
         )
         os.close(write_fd)

@@ -56,8 +56,8 @@ def provision(request: Request, run: Run, emit: Emit) -> dict[str, Any]:
     reached, skipped = _reach(request, emit)
     check_releases(fleet, emit)
     outcome = run_playbook(
-        resource("playbooks") / "site.yml", fleet_directory=fleet.directory, inventory=fleet.inventory, ssh_config=ssh_config,
-        log=run.directory / "ansible.log", emit=emit, limit=limit_of(fleet, reached),
+        resource("playbooks") / "site.yml", fleet_directory=fleet.directory, inventory=fleet.inventory,
+        ssh_config=ssh_config, log=run.directory / "ansible.log", emit=emit, limit=limit_of(fleet, reached),
         become_password_file=request.become_password_file, variables={"opsctl_bundle": str(request.bundle)},
     )
     judge(outcome)

@@ -13,11 +13,10 @@ from typing import Any
 
 import yaml
 
-from opsctl.engines.ansible import ansible_program
+from opsctl.engines.ansible_programs import NO_SETTINGS, ansible_program
 from opsctl.errors import ConfigurationError
 from opsctl.fleet.source import at, find_line, inventory_files, text_of
 
-NO_SETTINGS = Path(__file__).with_name("inventory.cfg")
 TIMEOUT_S = 60
 
 # How a message of Ansible's ini parser leads to the line at fault: a pattern of the message, and the text of its

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from opsctl.engines.ansible import ansible_program
+from opsctl.engines.ansible_programs import ansible_program
 from opsctl.engines.events import discard
 from opsctl.engines.session import Session, on_each
 from opsctl.errors import OpsctlError, RefusedError

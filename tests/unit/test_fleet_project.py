@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from opsctl.cli.init import WHAT
 from opsctl.cli.main import app
-from opsctl.engines.ansible import ansible_program
+from opsctl.engines.ansible_programs import ansible_program
 from opsctl.fleet.inventory import read_fleet
 from opsctl.fleet.project import NAMESPACE, PRINCIPAL, initialise, lacking
 from opsctl.resources import resource
