@@ -119,6 +119,10 @@ def accept(paths: Paths, service: str, release: str) -> dict[str, Any]:
     incoming = _incoming(paths, service, release)
     with _only_one(incoming):
         signed = _begun(paths, incoming)
+        for entry in signed.release.files:  # before anything is swept: what is half here is sent on later
+            if not (incoming / manifests.FILES / entry.path).is_file():
+                raise RefusedError("gateway.incomplete", f"{release}: {entry.path} is not all here.",
+                                   hint="the same command again sends the rest")
         sweep(incoming / manifests.FILES, signed)
         verify_files(incoming, signed.release)
         sync_tree(incoming)

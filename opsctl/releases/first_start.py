@@ -17,7 +17,7 @@ from typing import Any
 from opsctl.agent.trust import read_signed
 from opsctl.engines.events import Emit, Event, Note, PhaseStarted, Progress, Status, TaskResult
 from opsctl.engines.session import Session, on_each
-from opsctl.errors import ConfigurationError, MixedError, OpsctlError, RolledBackError
+from opsctl.errors import ConfigurationError, MixedError, OpsctlError, RefusedError, RolledBackError
 from opsctl.fleet.model import Fleet, Host, Service
 from opsctl.fleet.status import instance_state
 from opsctl.releases.ledger import Wanted, wanted
@@ -197,7 +197,12 @@ def _wanted(fleet: Fleet, session: Session | None, gateway: Host, service: Servi
         lines = ask(session, ["ledger-show", "--service", service.name], host=gateway.name)["lines"]
         there = ask(session, ["releases", "--service", service.name], host=gateway.name)["releases"]
     here = [stored.as_document() for stored in releases_of(bundle, service.name)]
-    return wanted(service, lines, there, here)
+    try:
+        return wanted(service, lines, there, here)
+    except RefusedError:
+        for directory in folders_of(bundle, service.name, lines[-1]["version"] if lines else service.first_release):
+            read_signed(directory, _allowed_signers(fleet))  # it is there, and says what is wrong with it
+        raise
 
 
 def _publish(fleet: Fleet, session: Session, gateway: Host, want: Wanted, bundle: Path, emit: Emit) -> int:

@@ -183,8 +183,9 @@ def server(tmp_path: Path) -> subprocess.Popen[str]:
         port = free.getsockname()[1]
     process = subprocess.Popen(
         [sys.executable, "-I", SERVER, "--model", tmp_path / "model.gguf", "--address", "127.0.0.1",
-         "--port", str(port), "--name", "chat", "--name", "chat@v1-0123456789ab", "--parallel", "4", "--max-model-len", "4000",
-         "--threads", "1", "--drain-timeout", "60"], env={**os.environ, "RUNTIME_DIRECTORY": str(tmp_path)},
+         "--port", str(port), "--name", "chat", "--name", "chat@v1-0123456789ab", "--parallel", "4",
+         "--max-model-len", "4000", "--threads", "1",
+         "--drain-timeout", "60"], env={**os.environ, "RUNTIME_DIRECTORY": str(tmp_path)},
         stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("serving")
