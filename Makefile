@@ -19,10 +19,11 @@ help:
 setup: $(VENV)/.complete debian
 
 # A virtual environment needs python3-venv, which a bare Debian lacks: install it first when we may.
-$(VENV)/.complete: requirements/dev.txt pyproject.toml | debian
-	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements/dev.txt
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+$(VENV)/.complete: requirements/dev.txt | debian
+	@echo "building $(VENV) from requirements/dev.txt (half a minute)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install -qq --require-hashes --requirement requirements/dev.txt
+	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation --editable .
 	@touch $@
 
 debian:

@@ -42,6 +42,8 @@ def human_bytes(count: float) -> str:
 
 def progress_words(event: Progress) -> str:
     """``12.0 MB of 80.0 MB, 15 %, 9.1 MB/s, 7 s left``."""
+    if not event.done and not event.total:
+        return "working"
     show = human_bytes if event.unit == "bytes" else str
     words = show(event.done)
     if event.total:
