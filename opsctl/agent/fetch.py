@@ -36,7 +36,8 @@ def fetch(url: str, path: Path, *, size: int | None, sha256: str, advance: Advan
     """
     partial = path.with_name(path.name + PARTIAL)
     furthest = _size(partial)
-    advance(furthest)
+    if furthest:
+        advance(furthest)
     without_progress = 0
     while True:
         try:

@@ -16,7 +16,7 @@ PROPERTIES = ("Id", "LoadState", "ActiveState", "SubState", "NRestarts", "Active
 
 @dataclass(frozen=True)
 class Unit:
-    """What systemd says of a unit. ``since`` is its own text, UTC, empty when it never was active."""
+    """What systemd says of a unit. ``since`` is UTC, ISO 8601; empty when it never was active."""
 
     name: str
     load: str = "not-found"
@@ -57,11 +57,16 @@ def parse_show(text: str, units: Sequence[str]) -> dict[str, Unit]:
     for name, block in zip(units, text.strip().split("\n\n"), strict=False):
         values: Mapping[str, str] = dict(line.partition("=")[::2] for line in block.splitlines())
         restarts = values.get("NRestarts", "0")
-        since = values.get("ActiveEnterTimestamp", "")
         found[name] = Unit(name, values.get("LoadState", ""), values.get("ActiveState", ""), values.get("SubState", ""),
-                           int(restarts) if restarts.isdigit() else 0, "" if since == "n/a" else since,
-                           values.get("InvocationID", ""))
+                           int(restarts) if restarts.isdigit() else 0,
+                           _iso(values.get("ActiveEnterTimestamp", "")), values.get("InvocationID", ""))
     return found
+
+
+def _iso(timestamp: str) -> str:
+    """``Sun 2026-11-22 01:22:56 UTC`` -> ``2026-11-22T01:22:56Z``; anything else is no time."""
+    words = timestamp.split()
+    return f"{words[1]}T{words[2]}Z" if len(words) == 4 and words[3] == "UTC" else ""
 
 
 def show(units: Sequence[str], run: Run = run) -> dict[str, Unit]:

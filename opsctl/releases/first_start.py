@@ -9,6 +9,7 @@ from __future__ import annotations
 import getpass
 import socket
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,12 +177,13 @@ def _watched(session: Session, begin: list[str], look: list[str], subject: str, 
     host = session.host.name
     status = ask(session, [*begin, "--wait-s", "0"], host=host)
     report = reporting(emit, subject, host)
+    began = time.monotonic()
     while status["state"] == "running":
         status = ask(session, [*look, "--wait-s", str(WATCH_S)], host=host)
         if status["total"] and status["phase"] == "fetch":
             report(status["done"], status["total"])
         elif status["state"] == "running":
-            emit(Progress(f"{subject}: {status['phase']}", 0, 0, "items", host=host))
+            emit(Progress(f"{subject}: {status['phase']}, seconds", int(time.monotonic() - began), 0, "seconds", host=host))
     if status["state"] == "failed":
         raise error_of(status["error"], int(status["error"]["exit_code"]), host)
     if status["state"] != "done":
