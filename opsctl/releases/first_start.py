@@ -183,7 +183,8 @@ def _watched(session: Session, begin: list[str], look: list[str], subject: str, 
         if status["total"] and status["phase"] == "fetch":
             report(status["done"], status["total"])
         elif status["state"] == "running":
-            emit(Progress(f"{subject}: {status['phase']}, seconds", int(time.monotonic() - began), 0, "seconds", host=host))
+            seconds = int(time.monotonic() - began)
+            emit(Progress(f"{subject}: {status['phase']}, seconds", seconds, 0, "seconds", host=host))
     if status["state"] == "failed":
         raise error_of(status["error"], int(status["error"]["exit_code"]), host)
     if status["state"] != "done":

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.lab
 
 UNIT = "inference@chat.0.service"
 STREAMS = 16
-TOKENS = 3500  # of the small model, 4096 at most: with 16 streams on its 4 slots, seconds of work
+TOKENS = 700  # of the small model: with 8 streams on the 4 slots of each host, seconds of work
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ class Streams:
             self._threads.append(thread)
 
     def _one(self) -> None:
-        connection = http.client.HTTPConnection(str(self._address.hostname), self._address.port or 80, timeout=120)
+        connection = http.client.HTTPConnection(str(self._address.hostname), self._address.port or 80, timeout=300)
         body = {"model": "chat", "messages": [{"role": "user", "content": "x"}], "max_tokens": TOKENS, "stream": True,
                 "ignore_eos": True}
         try:
@@ -130,17 +130,18 @@ def test_a_plain_stop_under_load_loses_no_stream(provisioned: Any, fleet: Fleet)
 def test_staging_outlives_whoever_asked_for_it(provisioned: Any, fleet: Fleet, tmp_path: Path) -> None:
     write_model(tmp_path / "mid.gguf", "mid")
     release = imported(fleet, tmp_path / "mid.gguf", "test-staging").directory.name
+    where = ("--service", "chat", "--release", release)
     asked = subprocess.Popen(
-        ["ssh", "-F", fleet.ssh_config, "gpu-1", "sudo", HOST_PROGRAM, "stage", "--service", "chat", "--release", release],
+        ["ssh", "-F", fleet.ssh_config, "gpu-1", "sudo", HOST_PROGRAM, "stage", *where],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
     assert asked.stderr is not None
     asked.stderr.readline()  # the first word of progress: the unit is there
     asked.kill()
     asked.wait()
-    code, status = verb(provisioned, "gpu-1", "stage-status", "--service", "chat", "--release", release, "--wait-s", "90")
+    code, status = verb(provisioned, "gpu-1", "stage-status", *where, "--wait-s", "90")
     assert (code, status["state"]) == (0, "done"), status
     assert status["result"]["changed"]
-    code, again = verb(provisioned, "gpu-1", "stage", "--service", "chat", "--release", release)
+    code, again = verb(provisioned, "gpu-1", "stage", *where)
     assert (code, again["result"]["changed"]) == (0, False)
 
 
@@ -161,7 +162,8 @@ def test_a_release_that_does_not_start_is_undone_with_its_log(provisioned: Any, 
     def text(value: bytes) -> bytes:
         return struct.pack("<Q", len(value)) + value
     (tmp_path / "odd.gguf").write_bytes(
-        b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text(b"general.architecture") + struct.pack("<I", 8) + text(b"none-such"))
+        b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text(b"general.architecture") + struct.pack("<I", 8)
+        + text(b"none-such"))
     release = imported(fleet, tmp_path / "odd.gguf", "test-odd").directory.name
     assert verb(provisioned, "gpu-2", "stage", "--service", "chat", "--release", release)[0] == 0
     code, document = verb(provisioned, "gpu-2", "first-start", "chat.0", "--release", release)
@@ -182,7 +184,7 @@ def test_a_tampered_release_does_not_run(provisioned: Any) -> None:
         script = f"until systemctl is-failed --quiet {UNIT}; do sleep 0.1; done"
         assert provisioned.run("gpu-1", ["timeout", "30", "sh", "-c", script]).returncode == 0
         shown = provisioned.run("gpu-1", ["systemctl", "show", UNIT, "-p", "ExecMainStatus,NRestarts"]).stdout.split()
-        assert shown == ["ExecMainStatus=5", "NRestarts=0"] or sorted(shown) == ["ExecMainStatus=5", "NRestarts=0"]
+        assert sorted(shown) == ["ExecMainStatus=5", "NRestarts=0"]
         log = provisioned.run("gpu-1", ["sudo", "journalctl", "-u", UNIT, "-o", "cat", "-n", "20", "--no-pager"]).stdout
         assert "is not signed. [release.unsigned]" in log
     finally:
