@@ -127,7 +127,8 @@ def _table(releases: list[dict[str, Any]]) -> Table | str:
     for column in ("service", "version", "digest", "size", "created", "where", "ledger"):
         table.add_column(column)
     for row in releases:
-        table.add_row(row["service"], row["version"], row["digest"][:12], human_bytes(row["bytes"]), row["created"][:16].replace("T", " "),
+        table.add_row(row["service"], row["version"], row["digest"][:12], human_bytes(row["bytes"]),
+                      row["created"][:16].replace("T", " "),
                       " ".join(row["where"]), "now" if row["now"] else "")
     return table
 

@@ -247,7 +247,8 @@ def test_watching_ends_when_time_is_over_and_the_job_goes_on(host: Paths) -> Non
 
 
 def test_units_are_read_in_the_order_asked() -> None:
-    text = "Id=a\nActiveState=active\nNRestarts=2\n\nId=b\nActiveState=failed\nActiveEnterTimestamp=Sun 2026-11-22 01:22:56 UTC\n"
+    text = ("Id=a\nActiveState=active\nNRestarts=2\n\n"
+            "Id=b\nActiveState=failed\nActiveEnterTimestamp=Sun 2026-11-22 01:22:56 UTC\n")
     found = systemd.parse_show(text, ["a.service", "b.service"])
     assert (found["a.service"].active, found["a.service"].restarts) == ("active", 2)
     assert (found["b.service"].active, found["b.service"].since) == ("failed", "2026-11-22T01:22:56Z")
