@@ -53,6 +53,15 @@ class Speaker:
         """Talk: goes to stderr, never into a pipe."""
         self.talk.print(text)
 
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """A spinner while something takes seconds; on a terminal only."""
+        if not self.talk.is_terminal:
+            yield
+            return
+        with self.talk.status(what):
+            yield
+
     def result(self, document: dict[str, Any], text: RenderableType, exit_code: ExitCode = ExitCode.DONE) -> None:
         """The one result of the verb: ``document`` with ``--json``, else ``text``."""
         self.view.close()

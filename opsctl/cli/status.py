@@ -38,7 +38,8 @@ def status(inventory: Inventory = None, limit: Limit = "", watch: Watch = 0.0, a
         if watch > 0 and not as_json:
             _watch(speaker, fleet, hosts, watch)
             return
-        found = _look(fleet, hosts)
+        with speaker.waiting(f"asking {len(hosts)} hosts"):
+            found = _look(fleet, hosts)
         document = {"inventory": str(fleet.inventory), "endpoints": endpoints(fleet),
                     "rows": [row.as_document() for row in found]}
         speaker.result(document, render(fleet, found))
@@ -68,6 +69,6 @@ def render(fleet: Fleet, found: list[Row]) -> RenderableType:
         state = f"[{STYLE.get(row.state, 'yellow')}]{row.state}[/]"
         flight = "" if row.running is None else f"{row.running} running, {row.waiting or 0} waiting"
         table.add_row(row.host, " ".join(row.groups), row.instance, row.release, state, flight)
-    notes = [f"{row.host}: {row.note}" for row in found if row.note]
+    notes = [row.note if row.note.startswith(row.host) else f"{row.host}: {row.note}" for row in found if row.note]
     reached = [f"{service}: {url}" for service, urls in endpoints(fleet).items() for url in urls]
     return Group(table, *dict.fromkeys(notes), *reached)

@@ -54,14 +54,14 @@ def provision(request: Request, run: Run, emit: Emit) -> dict[str, Any]:
     if fleet.package_source == "gateway":
         verify_bundle(request.bundle, fleet.directory / "trust" / "bundle.asc")
     reached, skipped = _reach(request, emit)
-    check_releases(fleet, emit)
+    check_releases(fleet, emit, bundle=request.bundle)
     outcome = run_playbook(
         resource("playbooks") / "site.yml", fleet_directory=fleet.directory, inventory=fleet.inventory,
         ssh_config=ssh_config, log=run.directory / "ansible.log", emit=emit, limit=limit_of(fleet, reached),
         become_password_file=request.become_password_file, variables={"opsctl_bundle": str(request.bundle)},
     )
     judge(outcome)
-    served = bring_up(fleet, emit, hosts=reached)
+    served = bring_up(fleet, emit, hosts=reached, bundle=request.bundle, run=run.name)
     return {
         "run": run.name,
         "changed": len(outcome.changed) + served["changed"],

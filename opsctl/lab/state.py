@@ -157,14 +157,19 @@ def exists(name: str) -> bool:
 
 
 def meant(name: str | None) -> str:
-    """The name of the lab meant: the one named; else the only one there is; else ``lab``.
+    """The name of the lab meant: the one named; the one whose fleet is worked on; the only one; else ``lab``.
 
     Raises:
         UsageError: there are several, none was named, and none is called ``lab``.
     """
     if name is not None:
         return check_name(name)
-    names = [lab.name for lab in load_all()]
+    labs = load_all()
+    here = {Path.cwd(), Path(os.environ.get("OPSCTL_INVENTORY") or "inventory.ini").absolute().parent}
+    at_hand = [lab.name for lab in labs if lab.fleet in here]
+    if len(at_hand) == 1:
+        return at_hand[0]
+    names = [lab.name for lab in labs]
     if len(names) > 1 and DEFAULT_NAME not in names:
         raise UsageError("lab.which", "there are several labs, and none was named.",
                          hint=f"add --name; labs: {', '.join(names)}")

@@ -52,6 +52,15 @@ def test_which_lab_is_meant(there: list[str], named: str | None, wanted: str) ->
     assert meant(named) == wanted
 
 
+def test_the_lab_whose_fleet_is_worked_on_is_meant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("demo", "lab"):
+        save(replace(LAB, name=name, fleet=tmp_path / name))
+    monkeypatch.setenv("OPSCTL_INVENTORY", str(tmp_path / "demo" / "inventory.ini"))
+    assert meant(None) == "demo"
+    monkeypatch.delenv("OPSCTL_INVENTORY")
+    assert meant(None) == "lab"
+
+
 def test_several_and_none_named() -> None:
     make("demo")
     make("drill")
