@@ -86,8 +86,9 @@ def judge(outcome: PlaybookOutcome) -> None:
     """
     if not outcome.failures:
         return
-    first = outcome.failures[0]
-    others = sorted({failure.host for failure in outcome.failures[1:]} - {first.host})
+    # a role whose unit does not start fails twice: systemd's word first, then the unit's own last lines, which tell more
+    first = [failure for failure in outcome.failures if failure.host == outcome.failures[0].host][-1]
+    others = sorted({failure.host for failure in outcome.failures} - {first.host})
     also = f" (also on {', '.join(others)})" if others else ""
     sentence = f"{first.host}: {first.task.rstrip('.')}: {_reason(first)}{also}"
     if first.phase == PREFLIGHT_PLAY and not outcome.changed:

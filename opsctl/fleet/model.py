@@ -12,6 +12,7 @@ from opsctl.errors import UsageError
 GROUPS = ("gpu", "lb", "monitor", "gateway")
 
 AGENT_CHECK_PORT = 9777
+STATISTICS_PORT = 8404  # HAProxy's statistics page and metrics
 BUNDLE_PORT = 8480
 EXPORTER_PORT = 9400
 PROMETHEUS_PORT = 9090

@@ -15,6 +15,7 @@ from opsctl.fleet.model import (
     EXPORTER_PORT,
     GRAFANA_PORT,
     PROMETHEUS_PORT,
+    STATISTICS_PORT,
     Fleet,
     Host,
     Placement,
@@ -126,7 +127,7 @@ def clashes(fleet: Fleet) -> None:
                 raise ConfigurationError(
                     "services.port_clash", f"{fleet.services_file}: {first.what} and {second.what} would both listen "
                     f"on port {port} of {host.name} ({' and '.join(dict.fromkeys(keys))}).",
-                    hint="opsctl itself uses 8480, 9090, 9093, 9400, 9777 and 3000; a free range a service, such as "
+                    hint="opsctl itself uses 8404, 8480, 9090, 9093, 9400, 9777 and 3000; a free range a service, such as "
                          "8100, 8200 for port and 8000, 8001 for listen, keeps clear of all")
 
 
@@ -148,6 +149,7 @@ def _listeners(fleet: Fleet, host: Host) -> Iterator[_Listener]:
         for index in range(service.instances_per_host):
             yield _Listener(service.port + index, f"{service.name}.{index}", f"{service.name}: port: {service.port}")
     if "lb" in groups and fleet.load_balancer == "haproxy":
+        yield _Listener(STATISTICS_PORT, "the load balancer's statistics")
         for service in fleet.services:
             yield _Listener(service.listen, f"the load balancer for {service.name}",
                             f"{service.name}: listen: {service.listen}")

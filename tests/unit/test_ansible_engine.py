@@ -159,3 +159,12 @@ def test_ansible_dies_with_the_controller(tmp_path: Path) -> None:
     for descriptor in watched:
         assert select.select([descriptor], [], [], 20)[0], "ansible-playbook outlived its controller"
         os.close(descriptor)
+
+
+def test_the_word_that_tells_most_is_the_last_one_of_the_first_host() -> None:
+    said = [ansible.Failure("gpu-1", "Agent", "Start it.", "unable to start"),
+            ansible.Failure("gpu-2", "Agent", "Start it.", "unable to start"),
+            ansible.Failure("gpu-1", "Agent", "Stop and show why.", "the port is taken", ("bind: in use",))]
+    with pytest.raises(MixedError, match=r"gpu-1: .*the port is taken \(also on gpu-2\)") as caught:
+        judge(ansible.PlaybookOutcome(failures=said))
+    assert caught.value.log_tail == ("bind: in use",)
