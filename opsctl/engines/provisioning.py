@@ -86,7 +86,7 @@ def judge(outcome: PlaybookOutcome) -> None:
     """
     if not outcome.failures:
         return
-    # a role whose unit does not start fails twice: systemd's word first, then the unit's own last lines, which tell more
+    # a role whose unit does not start fails twice: systemd's word first, then the unit's own lines, which tell more
     first = [failure for failure in outcome.failures if failure.host == outcome.failures[0].host][-1]
     others = sorted({failure.host for failure in outcome.failures} - {first.host})
     also = f" (also on {', '.join(others)})" if others else ""

@@ -127,8 +127,8 @@ def clashes(fleet: Fleet) -> None:
                 raise ConfigurationError(
                     "services.port_clash", f"{fleet.services_file}: {first.what} and {second.what} would both listen "
                     f"on port {port} of {host.name} ({' and '.join(dict.fromkeys(keys))}).",
-                    hint="opsctl itself uses 8404, 8480, 9090, 9093, 9400, 9777 and 3000; a free range a service, such as "
-                         "8100, 8200 for port and 8000, 8001 for listen, keeps clear of all")
+                    hint="opsctl itself uses 8404, 8480, 9090, 9093, 9400, 9777 and 3000; a free range a service, such "
+                         "as 8100, 8200 for port and 8000, 8001 for listen, keeps clear of all")
 
 
 def _listeners(fleet: Fleet, host: Host) -> Iterator[_Listener]:
