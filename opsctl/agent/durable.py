@@ -55,13 +55,13 @@ def make_directory(directory: Path) -> None:
         sync_directory(path.parent)
 
 
-def write_atomically(path: Path, content: bytes, mode: int = READABLE) -> None:
-    """Replaces ``path``: a reader sees the old content or the new, also after a power cut."""
+def write_atomically(path: Path, content: bytes | str, mode: int = READABLE) -> None:
+    """Replaces ``path``: a reader sees the old content or the new, also after a power cut. Text becomes UTF-8."""
     make_directory(path.parent)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+            file.write(content.encode() if isinstance(content, str) else content)
             os.fchmod(file.fileno(), mode)
             file.flush()
             os.fsync(file.fileno())

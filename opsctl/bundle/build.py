@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from opsctl.agent.durable import sync_directory, write_atomically
 from opsctl.bundle import sums
 from opsctl.bundle.agent_wheel import build_agent_wheel, requirement_line
 from opsctl.bundle.cache import one_build_at_a_time
 from opsctl.bundle.closure import Closure, download_closure
 from opsctl.bundle.engine_wheels import fetch_engine_wheels
-from opsctl.bundle.keys import checking, signing, sync_directory, write_durably
+from opsctl.bundle.keys import checking, signing
 from opsctl.bundle.packages import role_packages
 from opsctl.bundle.process import require_program
 from opsctl.bundle.repository import write_repository
@@ -84,7 +85,7 @@ def build_bundle(fleet_directory: Path, bundle: Path, emit: Emit = discard, *, p
 def switch(bundle: Path) -> None:
     """Puts what lies in ``.new`` in place of the old files."""
     sync_directory(bundle / NEW)
-    write_durably(bundle / SWITCHING, b"")
+    write_atomically(bundle / SWITCHING, b"")
     finish_switch(bundle)
 
 
@@ -121,8 +122,8 @@ def _sign(bundle: Path, closure: Closure, home: Path, trusted_key: Path, emit: E
         text = sums.render(sums.digests(new, [path for path, _ in sums.regular_files(new, FOLDERS)], emit))
         if _is_already(bundle, text, trusted_key):
             return False
-        write_durably(new / SUMS, text.encode())
-        write_durably(new / SIGNATURE, signer.detached(text.encode()))
+        write_atomically(new / SUMS, text.encode())
+        write_atomically(new / SIGNATURE, signer.detached(text.encode()))
     return True
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from opsctl.agent.durable import write_atomically
 from opsctl.bundle.process import last_lines, require_program, run
 from opsctl.errors import OpsctlError, RefusedError
 
@@ -43,7 +43,7 @@ def make_bundle_key(home: Path, public_key: Path) -> None:
                            "sign", "never"], "bundle.key_not_made", f"gpg could not make the bundle's key in {home}")
             fresh.rename(home)
     if not public_key.exists():
-        write_durably(public_key, export_public_key(home))
+        write_atomically(public_key, export_public_key(home))
 
 
 def export_public_key(home: Path) -> bytes:
@@ -166,28 +166,6 @@ def checking(trusted_key: Path) -> Iterator[Checker]:
     with tempfile.TemporaryDirectory(prefix="opsctl-") as directory:
         (Path(directory) / "trusted.gpg").write_bytes(keyring)
         yield Checker(gpgv, Path(directory), trusted_key)
-
-
-def write_durably(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Writes beside, fsyncs and renames, so that a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fchmod(file.fileno(), mode)
-        os.fsync(file.fileno())
-    beside.rename(path)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes the names in a directory survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -14,9 +14,9 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from opsctl.agent.durable import write_atomically
 from opsctl.bundle.keys import make_bundle_key
 from opsctl.errors import ConfigurationError, OpsctlError, RefusedError
-from opsctl.files import write_durably
 from opsctl.fleet.inventory import read_fleet
 from opsctl.fleet.ssh_config import private_directory, write_ssh_config
 from opsctl.resources import resource
@@ -135,17 +135,17 @@ def make_release_key(path: Path) -> None:
 def write_public_key(path: Path) -> None:
     """``release.pub`` from ``release``, where only the private half was kept."""
     text = _ssh_keygen(["-y", "-f", str(path.with_suffix(""))]).split()
-    write_durably(path, f"{text[0]} {text[1]} {PRINCIPAL}\n")
+    write_atomically(path, f"{text[0]} {text[1]} {PRINCIPAL}\n")
 
 
 def write_allowed_signers(path: Path, public_key: Path) -> None:
     """The file that ``ssh-keygen -Y verify`` takes: our public key for our one namespace, and no other use."""
     kind, key = public_key.read_text(encoding="ascii").split()[:2]
-    write_durably(path, f'{PRINCIPAL} namespaces="{NAMESPACE}" {kind} {key}\n')
+    write_atomically(path, f'{PRINCIPAL} namespaces="{NAMESPACE}" {kind} {key}\n')
 
 
 def _text(text: str) -> Callable[[Path], None]:
-    return lambda path: write_durably(path, text)
+    return lambda path: write_atomically(path, text)
 
 
 def _ssh_keygen(arguments: list[str]) -> str:

@@ -12,8 +12,8 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from opsctl.agent.durable import write_atomically
 from opsctl.errors import ConfigurationError, RefusedError
-from opsctl.files import write_durably
 from opsctl.fleet.model import Fleet, Host
 
 CONNECT_TIMEOUT_S = 8
@@ -69,7 +69,7 @@ def write_ssh_config(fleet: Fleet) -> Path:
     private_directory(control)
     text = render(fleet, control)
     if not fleet.ssh_config.is_file() or fleet.ssh_config.read_text(encoding="utf-8") != text:
-        write_durably(fleet.ssh_config, text, mode=0o600)
+        write_atomically(fleet.ssh_config, text, mode=0o600)
     return fleet.ssh_config
 
 

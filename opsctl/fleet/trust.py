@@ -18,8 +18,8 @@ from pathlib import Path
 
 import paramiko
 
+from opsctl.agent.durable import write_atomically
 from opsctl.errors import ConfigurationError, OpsctlError, RefusedError
-from opsctl.files import write_durably
 from opsctl.fleet.known_hosts import HostKey, Pin, pin_name, pinned_text, pins_of
 from opsctl.fleet.model import Fleet, Host
 from opsctl.fleet.ssh_config import CONNECT_TIMEOUT_S
@@ -203,7 +203,7 @@ def pin(fleet: Fleet, findings: Sequence[Finding]) -> int:
             text = pinned_text(text, finding.target.pin_name, finding.key, finding.target.name)
             count += 1
     if count:
-        write_durably(path, text)
+        write_atomically(path, text)
     return count
 
 

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from opsctl.agent.durable import write_atomically
 from opsctl.errors import RefusedError
-from opsctl.files import write_durably
 from opsctl.fleet.project import initialise
 from opsctl.fleet.ssh_config import private_directory
 from opsctl.lab.commands import run
@@ -124,7 +124,7 @@ def write_fleet(lab: Lab) -> str:
     if own.exists() and own.read_text() != text:
         if not _unchanged(fleet, "inventory.ini", receipt):
             own.rename(own.with_name("inventory.ini.old"))
-        write_durably(own, text)
+        write_atomically(own, text)
     initialise(fleet, inventory_text=text, services_text=SERVICES)
     key = fleet / LOGIN_KEY
     if not key.exists():
@@ -136,7 +136,7 @@ def write_fleet(lab: Lab) -> str:
 
 def pin_host_keys(lab: Lab, keys: Iterable[tuple[Machine, str]]) -> None:
     """Writes known_hosts: the lab made the keys, so there is nothing to ask the network."""
-    write_durably(lab.fleet / "known_hosts", known_hosts(keys))
+    write_atomically(lab.fleet / "known_hosts", known_hosts(keys))
     receipt = read_receipt(lab.fleet)
     assert receipt is not None  # noqa: S101 - write_fleet came before
     _write_receipt(lab, receipt, ["known_hosts"])
@@ -191,7 +191,7 @@ def _write_receipt(lab: Lab, receipt: Receipt, written: Iterable[str]) -> None:
 def _save_receipt(fleet: Path, receipt: Receipt) -> None:
     private_directory((fleet / RECEIPT).parent)
     document = dataclasses.asdict(receipt)
-    write_durably(fleet / RECEIPT, json.dumps(document, indent=2) + "\n")
+    write_atomically(fleet / RECEIPT, json.dumps(document, indent=2) + "\n")
 
 
 def _give_to_caller(fleet: Path) -> None:

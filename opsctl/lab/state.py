@@ -17,8 +17,8 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, Literal
 
+from opsctl.agent.durable import write_atomically
 from opsctl.errors import UsageError
-from opsctl.files import write_durably
 from opsctl.lab.processes import Process
 
 STATE_ROOT = Path("/var/lib/opsctl-lab")
@@ -130,7 +130,7 @@ def decode(document: dict[str, Any]) -> Lab:
 
 
 def save(lab: Lab) -> Lab:
-    write_durably(lab.directory / "state.json", json.dumps(encode(lab), indent=2) + "\n")
+    write_atomically(lab.directory / "state.json", json.dumps(encode(lab), indent=2) + "\n")
     return lab
 
 
