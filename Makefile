@@ -32,11 +32,13 @@ debian:
 demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo $(if $(KEEP),--keep)
 
-test: setup
-	$(BIN)/pytest -m "not slow"
+test: test-unit test-lab
 
 test-unit: setup
-	$(BIN)/pytest -m "not slow and not lab"
+	$(BIN)/pytest -m "not slow and not lab" --numprocesses auto
+
+test-lab: setup
+	$(BIN)/pytest -m "lab and not slow"
 
 test-slow: setup
 	$(BIN)/pytest -m slow
