@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LAB_PACKAGES := systemd-container debootstrap apt-utils gpg gpg-agent gpgv openssh-client debian-archive-keyring e2fsprogs iproute2 curl
-TEST_PACKAGES := openssh-server haproxy shellcheck nginx-light
+TEST_PACKAGES := libgomp1 openssh-server haproxy shellcheck nginx-light
 ROOT := $(filter 0,$(shell id -u))
 
 .PHONY: help setup debian demo test test-unit test-lab test-slow lint bench clean
