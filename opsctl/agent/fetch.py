@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from opsctl.agent.durable import sync_directory, write_atomically
 from opsctl.errors import OpsctlError, RefusedError
 
 CHUNK = 1 << 20
@@ -19,6 +20,7 @@ TIMEOUT_S = 30.0  # without a single byte
 ATTEMPTS = 5  # in a row without progress
 PAUSES_S = (0.2, 1.0, 3.0, 5.0)
 PARTIAL = ".part"
+VALIDATOR = ".validator"  # after the name of the .part: which content of the source it is the beginning of
 
 Advance = Callable[[int], None]  # bytes more than before, those of an earlier try first; negative: thrown away
 Opener = Callable[[urllib.request.Request], Any]
@@ -28,20 +30,23 @@ def fetch(url: str, path: Path, *, size: int | None, sha256: str, advance: Advan
           pause: Callable[[float], None] = time.sleep, open_url: Opener | None = None) -> str:
     """Brings ``url`` to ``path``; returns the sha256 of what came. What an earlier try left in ``path.part`` is kept.
 
-    ``size`` in bytes, None when unknown; ``sha256`` empty when unknown.
+    ``size`` in bytes, None when unknown; ``sha256`` empty when unknown. Without a sha256 nothing would notice that the
+    source was replaced between two tries: then a try goes on only when the source says that it is still the same.
 
     Raises:
         RefusedError: the content is not what it should be (``fetch.corrupted``).
         OpsctlError: the source cannot be reached or gives up again and again (``fetch.failed``).
     """
     partial = path.with_name(path.name + PARTIAL)
+    if not sha256 and not _validator(partial):
+        _discard(partial)
     furthest = _size(partial)
     if furthest:
         advance(furthest)
     without_progress = 0
     while True:
         try:
-            digest = _attempt(url, partial, size, advance, open_url or _open)
+            digest = _attempt(url, partial, size, advance, open_url or _open, certain=bool(sha256))
             break
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             if isinstance(error, urllib.error.HTTPError) and error.code in (400, 401, 403, 404, 410):
@@ -56,12 +61,13 @@ def fetch(url: str, path: Path, *, size: int | None, sha256: str, advance: Advan
             pause(PAUSES_S[min(without_progress, len(PAUSES_S) - 1)])
     if sha256 and digest != sha256:
         advance(-partial.stat().st_size)
-        partial.unlink()
+        _discard(partial)
         raise RefusedError("fetch.corrupted", f"{url} is corrupted: its sha256 is {digest}, signed was {sha256}.",
                            hint="the copy at the source changed after signing: remove it there and publish again")
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
     partial.replace(path)
+    _validator_file(partial).unlink(missing_ok=True)
     return digest
 
 
@@ -86,33 +92,49 @@ def _hash(file: IO[bytes], digest: Any, advance: Advance | None) -> None:
             advance(count)
 
 
-def _attempt(url: str, partial: Path, size: int | None, advance: Advance, open_url: Opener) -> str:
-    """Appends what is missing to ``partial``; returns the sha256 of all of it."""
+def _attempt(url: str, partial: Path, size: int | None, advance: Advance, open_url: Opener, *, certain: bool) -> str:
+    """Appends what is missing to ``partial``; returns the sha256 of all of it. ``certain``: the caller knows that."""
     digest = hashlib.sha256()
     have = _size(partial)
-    if size is not None and have > size:
-        partial.unlink()
+    known = "" if certain else _validator(partial)
+    if have and ((size is not None and have > size) or not (certain or known)):
+        _discard(partial)
         advance(-have)
         have = 0
+    elif have and have == size and not certain:  # ask for the last byte: the source says whether it is the same
+        have -= 1
+        os.truncate(partial, have)
+        advance(-1)
     if have:
         with partial.open("rb") as file:
             _hash(file, digest, None)
-        if size is not None and have == size:
+        if have == size:
             return digest.hexdigest()
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310 - by caller
+    headers = {"Range": f"bytes={have}-", **({"If-Range": known} if known else {})} if have else {}
+    request = urllib.request.Request(url, headers=headers)  # noqa: S310 - by caller
     try:
         response = open_url(request)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # range not satisfiable: what we have is not a beginning of what is there
             raise
-        partial.unlink()
+        _discard(partial)
         advance(-have)
         raise http.client.HTTPException("the source has fewer bytes than were there before") from None
     with response:
         resumed = have and response.status == 206 and _starts_at(response.headers.get("Content-Range", ""), have)
-        if have and not resumed:  # a server without ranges sends all of it again
+        same = _validator_of(response.headers)
+        # It may not know If-Range. Who does need not repeat Last-Modified, but the ETag.
+        if resumed and known and same != known and (same or known.startswith('"')):
+            _discard(partial)
+            advance(-have)
+            raise http.client.HTTPException("the source was replaced")
+        if have and not resumed:  # another content, or a server without ranges: it sends all of it again
             advance(-have)
             digest = hashlib.sha256()
+        if not resumed:
+            _discard(partial)
+            if not certain:
+                _remember(partial, response.headers)
         with partial.open("ab" if resumed else "wb") as file:
             total = _append(response, file, digest, have if resumed else 0, size, advance)
     if size is None:
@@ -123,13 +145,44 @@ def _attempt(url: str, partial: Path, size: int | None, advance: Advance, open_u
     return digest.hexdigest()
 
 
+def _validator_file(partial: Path) -> Path:
+    return partial.with_name(partial.name + VALIDATOR)
+
+
+def _validator(partial: Path) -> str:
+    """What ``If-Range`` wants to know of ``partial``'s source; empty when nothing is known."""
+    path = _validator_file(partial)
+    return path.read_text() if path.is_file() else ""
+
+
+def _validator_of(headers: Any) -> str:
+    """A strong ETag, or the time of the last change; a weak ETag may stand for other bytes."""
+    tag = str(headers.get("ETag", "")).strip()
+    return tag if tag.startswith('"') else str(headers.get("Last-Modified", "")).strip()
+
+
+def _remember(partial: Path, headers: Any) -> None:
+    validator = _validator_of(headers)
+    if validator:
+        write_atomically(_validator_file(partial), validator)
+
+
+def _discard(partial: Path) -> None:
+    """Together and for good: an old beginning beside a new validator would be a mixture after a power cut."""
+    if not partial.exists() and not _validator_file(partial).exists():
+        return
+    partial.unlink(missing_ok=True)
+    _validator_file(partial).unlink(missing_ok=True)
+    sync_directory(partial.parent)
+
+
 def _append(response: Any, file: IO[bytes], digest: Any, total: int, size: int | None, advance: Advance) -> int:
     while chunk := response.read(CHUNK):
         total += len(chunk)
         if size is not None and total > size:
             file.close()
             advance(-(total - len(chunk)))
-            Path(file.name).unlink()
+            _discard(Path(file.name))
             raise RefusedError("fetch.corrupted", f"{response.url} is longer than the {size} bytes that were signed.",
                                hint="the copy at the source changed after signing: remove it there and publish again")
         file.write(chunk)

@@ -88,6 +88,8 @@ class Web:
     content: dict[str, bytes]
     url: str = ""
     ranges: bool = True
+    etag: str = ""
+    knows_if_range: bool = True
     break_after: int = 0  # bytes of a body after which the connection is cut
     breaks_left: int = 0
     asked: list[tuple[str, str]] = field(default_factory=list)
@@ -111,6 +113,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.web.ranges else 0
+        if self.web.knows_if_range and self.headers.get("If-Range", self.web.etag) != self.web.etag:
+            start = 0
         if start and start >= len(body):
             self.send_response(416)
             self.send_header("Content-Length", "0")
@@ -119,6 +123,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        if self.web.etag:
+            self.send_header("ETag", self.web.etag)
         self.send_header("Content-Length", str(len(body) - start))
         self.send_header("Content-Type", "text/html" if self.path.endswith("/") else "application/octet-stream")
         self.end_headers()

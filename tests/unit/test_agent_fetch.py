@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from release_kit import serving
+from release_kit import Web, serving
 
 from opsctl.agent.fetch import fetch
 from opsctl.errors import OpsctlError, RefusedError
@@ -52,8 +52,42 @@ def test_a_server_without_ranges_sends_all_again(tmp_path: Path) -> None:
     assert (tmp_path / "model").read_bytes() == BODY
 
 
+NEWER = os.urandom(len(BODY))
+
+
+def interrupted(web: Web, path: Path, have: int = 100_000) -> None:
+    """A try without a sha256 that was killed when it had so many bytes."""
+    def killed(_count: int) -> None:
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        fetch(f"{web.url}/model", path, size=len(BODY), sha256="", advance=killed)
+    os.truncate(path.with_name("model.part"), have)
+
+
+@pytest.mark.parametrize("knows_if_range", [True, False])
+@pytest.mark.parametrize("have", [100_000, len(BODY)])
+@pytest.mark.parametrize("etags", [('"a"', '"b"'), ("", ""), ("", '"b"'), ('W/"a"', 'W/"a"')])
+def test_a_source_that_was_replaced_makes_no_mixture(tmp_path: Path, etags: tuple[str, str], have: int,
+                                                     knows_if_range: bool) -> None:
+    with serving({"/model": BODY}, etag=etags[0], knows_if_range=knows_if_range) as web:
+        interrupted(web, tmp_path / "model", have)
+        web.content["/model"], web.etag = NEWER, etags[1]
+        assert get(f"{web.url}/model", tmp_path / "model", sha256="") == len(NEWER)
+    assert (tmp_path / "model").read_bytes() == NEWER
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+
+
+def test_without_a_sha256_it_goes_on_when_the_source_says_it_is_the_same(tmp_path: Path) -> None:
+    with serving({"/model": BODY}, etag='"a"') as web:
+        interrupted(web, tmp_path / "model")
+        assert get(f"{web.url}/model", tmp_path / "model", sha256="") == len(BODY)
+        assert [asked for _, asked in web.asked] == ["", "bytes=100000-"]
+    assert (tmp_path / "model").read_bytes() == BODY
+
+
 def test_a_partial_file_longer_than_the_source_is_thrown_away(tmp_path: Path) -> None:
     (tmp_path / "model.part").write_bytes(BODY + b"more")
+    (tmp_path / "model.part.validator").write_text('"a"')
     with serving({"/model": BODY}) as web:
         assert get(f"{web.url}/model", tmp_path / "model", size=None, sha256="") == len(BODY)
     assert (tmp_path / "model").read_bytes() == BODY

@@ -286,7 +286,7 @@ def test_a_url_is_downloaded_and_its_secrets_stay_out_of_the_manifest(request_: 
 
 def test_an_interrupted_download_goes_on(request_: Request, tmp_path: Path) -> None:
     body = gguf(300_000)
-    with serving({"/model.gguf": body}) as web:
+    with serving({"/model.gguf": body}, etag='"1"') as web:
         request = replace(request_, source=f"{web.url}/model.gguf")
         web.content["/model.gguf"] = body[:200_000]
 
