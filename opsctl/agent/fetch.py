@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 from opsctl.agent.durable import sync_directory, write_atomically
 from opsctl.errors import OpsctlError, RefusedError
@@ -21,6 +22,7 @@ ATTEMPTS = 5  # in a row without progress
 PAUSES_S = (0.2, 1.0, 3.0, 5.0)
 PARTIAL = ".part"
 VALIDATOR = ".validator"  # after the name of the .part: which content of the source it is the beginning of
+CHANGED = "the copy at the source changed after signing: remove it there and publish again"
 
 Advance = Callable[[int], None]  # bytes more than before, those of an earlier try first; negative: thrown away
 Opener = Callable[[urllib.request.Request], Any]
@@ -62,13 +64,19 @@ def fetch(url: str, path: Path, *, size: int | None, sha256: str, advance: Advan
     if sha256 and digest != sha256:
         advance(-partial.stat().st_size)
         _discard(partial)
-        raise RefusedError("fetch.corrupted", f"{url} is corrupted: its sha256 is {digest}, signed was {sha256}.",
-                           hint="the copy at the source changed after signing: remove it there and publish again")
+        raise RefusedError("fetch.corrupted", f"{without_secrets(url)} is corrupted: its sha256 is {digest}, "
+                           f"signed was {sha256}.", hint=CHANGED)
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
     partial.replace(path)
     _validator_file(partial).unlink(missing_ok=True)
     return digest
+
+
+def without_secrets(url: str) -> str:
+    """The URL without user, password, query and fragment: manifests and messages are public, and these hold tokens."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def sha256_of(path: Path, advance: Advance | None = None) -> str:
@@ -183,8 +191,8 @@ def _append(response: Any, file: IO[bytes], digest: Any, total: int, size: int |
             file.close()
             advance(-(total - len(chunk)))
             _discard(Path(file.name))
-            raise RefusedError("fetch.corrupted", f"{response.url} is longer than the {size} bytes that were signed.",
-                               hint="the copy at the source changed after signing: remove it there and publish again")
+            raise RefusedError("fetch.corrupted", f"{without_secrets(response.url)} is longer than the {size} "
+                               "bytes that were signed.", hint=CHANGED)
         file.write(chunk)
         digest.update(chunk)
         advance(len(chunk))
@@ -210,8 +218,14 @@ def _of_network(error: OSError) -> bool:
 
 
 def _failed(url: str, error: Exception) -> OpsctlError:
-    reason = getattr(error, "reason", None) or error
-    if isinstance(error, urllib.error.HTTPError):
-        reason = f"HTTP {error.code} {error.reason}"
-    return OpsctlError("fetch.failed", f"{url} could not be fetched: {reason}.",
+    return OpsctlError("fetch.failed", f"{without_secrets(url)} could not be fetched: {reason(error, url)}.",
                        hint="is the source up? the same command again goes on where this one stopped")
+
+
+def reason(error: Exception, url: str) -> str:
+    """Why ``url`` did not answer, in words that hold nothing of it: http.client quotes a login as a wrong port."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP {error.code} {error.reason}"
+    if urlsplit(url).username is not None and isinstance(error, http.client.InvalidURL):
+        return "a user or password in a URL is not supported"
+    return str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import time
@@ -14,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from opsctl.agent.fetch import fetch
+from opsctl.agent.fetch import fetch, reason, without_secrets
 from opsctl.agent.manifest import check_path
 from opsctl.engines.events import Emit, Note, Progress
 from opsctl.errors import OpsctlError, RefusedError, UsageError
@@ -47,11 +48,11 @@ def gathered(source: str, emit: Emit) -> Iterator[tuple[str, tuple[SourceFile, .
         yield str(Path(source).absolute()), checked(_local(Path(source), emit))
         return
     if scheme not in SCHEMES:
-        raise UsageError("import.bad_source", f"{source}: {scheme} is no kind of source.",
+        raise UsageError("import.bad_source", f"{without_secrets(source)}: {scheme} is no kind of source.",
                          hint="a directory, a file, or a URL with http, https or file")
     path = _download(source, emit)
     try:
-        yield _without_secrets(source), checked(_local(path, emit))
+        yield without_secrets(source), checked(_local(path, emit))
     finally:  # also when it was refused: the next try must not take yesterday's file
         path.unlink()
         path.parent.rmdir()
@@ -140,7 +141,7 @@ def _unreadable(error: OSError) -> None:
 def _download(url: str, emit: Emit) -> Path:
     name = unquote(PurePosixPath(urlsplit(url).path).name)
     if not name:
-        raise UsageError("import.bad_source", f"{_without_secrets(url)} names no file.",
+        raise UsageError("import.bad_source", f"{without_secrets(url)} names no file.",
                          hint="the URL of one file, such as https://host/model.gguf")
     formats.check_name(name)
     folder = cache_directory() / hashlib.sha256(url.encode()).hexdigest()[:16]
@@ -168,10 +169,10 @@ def _length(url: str) -> int | None:
         with urllib.request.urlopen(request, timeout=30) as response:  # noqa: S310 - the same
             length = response.headers.get("Content-Length")
             return int(length) if length else None
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         if getattr(error, "code", None) in (405, 501):  # no HEAD there
             return None
-        raise OpsctlError("fetch.failed", f"{_without_secrets(url)} could not be reached: {_reason(error)}.",
+        raise OpsctlError("fetch.failed", f"{without_secrets(url)} could not be reached: {reason(error, url)}.",
                           hint="is the address right? proxies are taken from http_proxy and https_proxy") from None
 
 
@@ -179,13 +180,6 @@ def cache_directory() -> Path:
     """Where unfinished downloads wait."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "opsctl" / "models"
-
-
-def _without_secrets(url: str) -> str:
-    """The URL without user, password and query: a manifest is public, and these may hold tokens."""
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    return f"{parts.scheme}://{host}{f':{parts.port}' if parts.port else ''}{parts.path}"
 
 
 def _reason(error: BaseException) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 from release_kit import Web, serving
@@ -138,3 +140,25 @@ def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None
               pause=pauses.append)
     assert "No such file" in failed.value.message
     assert pauses == []
+
+
+SECRETS = ("pass-word", "to-ken", "frag-ment")
+
+
+@pytest.mark.parametrize("harm", ["not there", "down", "corrupted", "longer"])
+def test_no_message_holds_what_a_url_may_hide(tmp_path: Path, harm: str) -> None:
+    with serving({"/model?X-Amz=to-ken": BODY}) as web:
+        address = "127.0.0.1:9" if harm == "down" else web.url.removeprefix("http://")
+        path = "none" if harm == "not there" else "model"
+        url = f"http://ann:pass-word@{address}/{path}?X-Amz=to-ken#frag-ment"
+
+        def past_the_login(request: urllib.request.Request) -> Any:  # urllib takes a user for a part of the host's name
+            asked = urllib.request.Request(request.full_url.replace("ann:pass-word@", ""))
+            response = urllib.request.urlopen(asked)
+            response.url = request.full_url
+            return response
+        with pytest.raises(OpsctlError) as failed:
+            fetch(url, tmp_path / "model", size=len(BODY) - (harm == "longer"), sha256="0" * 64,
+                  advance=lambda _: None, pause=lambda _: None, open_url=past_the_login)
+    assert f"http://{address}/{path} " in failed.value.message
+    assert not [secret for secret in SECRETS if secret in failed.value.message + failed.value.hint]

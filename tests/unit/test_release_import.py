@@ -312,3 +312,10 @@ def test_a_url_that_is_not_there(request_: Request) -> None:
     with serving({}) as web, pytest.raises(OpsctlError) as failed:
         import_model(replace(request_, source=f"{web.url}/model.gguf"), discard)
     assert "Not Found" in failed.value.message
+
+
+def test_a_login_in_a_url_is_refused_without_repeating_it(request_: Request) -> None:
+    with pytest.raises(OpsctlError) as failed:
+        import_model(replace(request_, source="http://ann:pass-word@host/model.gguf?to-ken"), discard)
+    assert "not supported" in failed.value.message
+    assert "pass-word" not in failed.value.message and "to-ken" not in failed.value.message
