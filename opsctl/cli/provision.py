@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,13 +42,11 @@ def provision(
         fleet = read_fleet(find_inventory(inventory))
         hosts = select_hosts(fleet, limit)
         started = time.monotonic()
-        with (
-            _become_password(speaker, fleet.directory, ask_become_pass) as password_file,
-            journaled(fleet.directory, speaker.emit) as (run, emit),
-        ):
+        password = _become_password(speaker) if ask_become_pass else None
+        with journaled(fleet.directory, speaker.emit) as (run, emit):
             emit(RunStarted("provision", run.name, tuple(host.name for host in hosts)))
             request = Request(fleet, hosts, (bundle or fleet.directory / "bundle").absolute(), skip_unreachable,
-                              password_file)
+                              password)
             document = run_provision(request, run, emit)
             emit(RunFinished(0, changed=document["changed"], seconds=time.monotonic() - started))
         speaker.result(document, summary(document))
@@ -71,19 +65,8 @@ def summary(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-@contextmanager
-def _become_password(speaker: Speaker, directory: Path, wanted: bool) -> Iterator[Path | None]:
-    """The sudo password in a 0600 file for as long as Ansible runs, never in an argument or the environment."""
-    if not wanted:
-        yield None
-        return
-    password = typer.prompt("sudo password", hide_input=True, err=True)
-    (directory / ".opsctl").mkdir(mode=0o700, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix="become-", dir=directory / ".opsctl")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(password + "\n")
-        speaker.say("the password is used for this run; from then on /etc/sudoers.d/opsctl stands in for it")
-        yield Path(name)
-    finally:
-        Path(name).unlink()
+def _become_password(speaker: Speaker) -> str:
+    """Asked for once, kept in memory, handed to Ansible through a pipe."""
+    password: str = typer.prompt("sudo password", hide_input=True, err=True)
+    speaker.say("used for this run alone; from then on /etc/sudoers.d/opsctl on each host stands in for it")
+    return password

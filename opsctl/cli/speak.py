@@ -107,7 +107,7 @@ class Speaker:
 def speaking(verb: str, *, as_json: bool = False, debug: bool = False) -> Iterator[Speaker]:
     """Runs a verb's body; turns errors into one sentence and an exit code, and signals into exit 130."""
     speaker = Speaker(verb, as_json=as_json, debug=debug or bool(os.environ.get("OPSCTL_DEBUG")))
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    previous = {number: signal.signal(number, _terminate) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield speaker
     except OpsctlError as error:
@@ -115,7 +115,7 @@ def speaking(verb: str, *, as_json: bool = False, debug: bool = False) -> Iterat
             traceback.print_exc()
         speaker._error(error)
         raise typer.Exit(int(error.exit_code)) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         speaker.view.close()
         speaker.talk.print("interrupted; the same command again continues", style="yellow")
         if as_json:
@@ -131,7 +131,8 @@ def speaking(verb: str, *, as_json: bool = False, debug: bool = False) -> Iterat
         raise typer.Exit(int(ExitCode.UNEXPECTED)) from None
     finally:
         speaker.view.close()
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     if speaker.exit_code is not ExitCode.DONE:
         raise typer.Exit(int(speaker.exit_code))
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opsctl.engines.ansible_programs import NO_SETTINGS, ansible_program
+from opsctl.engines.ansible_programs import ansible_program, inherited
 from opsctl.engines.child import die_with_parent, stop_group
 from opsctl.engines.events import Emit, Event, PhaseStarted, TaskResult, TaskStarted
 from opsctl.errors import ConfigurationError
@@ -46,14 +47,14 @@ class PlaybookOutcome:
     exit_code: int = 0
 
 
-def command(inventory: Path, playbook: Path, *, limit: Sequence[str] = (), become_password_file: Path | None = None,
+def command(inventory: Path, playbook: Path, *, limit: Sequence[str] = (), become: bool = False,
             check: bool = False, variables: Mapping[str, str] | None = None) -> list[str]:
-    """The argument vector of one playbook run."""
+    """The argument vector of one playbook run. ``become``: the sudo password comes on standard input."""
     arguments = [ansible_program("ansible-playbook"), "--inventory", str(inventory), str(playbook)]
     if limit:
         arguments += ["--limit", ",".join(limit)]
-    if become_password_file:
-        arguments += ["--become-password-file", str(become_password_file)]
+    if become:
+        arguments += ["--become-password-file", "-"]
     if check:
         arguments += ["--check", "--diff"]
     if variables:
@@ -62,25 +63,20 @@ def command(inventory: Path, playbook: Path, *, limit: Sequence[str] = (), becom
 
 
 def environment(base: Mapping[str, str], *, fleet_directory: Path, ssh_config: Path, events_fd: int) -> dict[str, str]:
-    """The environment of ``ansible-playbook``: the fleet's own ansible.cfg, and what opsctl insists on."""
-    kept = {key: value for key, value in base.items() if not key.startswith("ANSIBLE_")}
-    configuration = fleet_directory / "ansible.cfg"
-    return kept | {
-        "ANSIBLE_CONFIG": str(configuration if configuration.exists() else NO_SETTINGS),
+    """The environment of ``ansible-playbook``: what every program of Ansible's gets, and what opsctl insists on."""
+    return inherited(base, fleet_directory) | {
         "ANSIBLE_CALLBACK_PLUGINS": str(PACKAGE / "engines" / "callback"),
         "ANSIBLE_STDOUT_CALLBACK": "opsctl_events",
         "ANSIBLE_ROLES_PATH": str(resource("roles")),
         # ControlPersist stands in ssh_config too; here Ansible sees it, and renews a shared connection after a reboot
-        "ANSIBLE_SSH_ARGS": f"-F {ssh_config} -o ControlPersist=60s",
+        "ANSIBLE_SSH_ARGS": shlex.join(["-F", str(ssh_config), "-o", "ControlPersist=60s"]),
         "ANSIBLE_PIPELINING": "True",
         "ANSIBLE_FORKS": "32",
         "ANSIBLE_HOST_KEY_CHECKING": "True",
         "ANSIBLE_RETRY_FILES_ENABLED": "False",
-        "ANSIBLE_NOCOLOR": "1",
         "ANSIBLE_PYTHON_INTERPRETER": "/usr/bin/python3",
         "ANSIBLE_LOCALHOST_WARNING": "False",
         "OPSCTL_EVENTS_FD": str(events_fd),
-        "LC_ALL": "C.UTF-8",
     }
 
 
@@ -138,7 +134,7 @@ def _detail(raw: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def run_playbook(playbook: Path, *, fleet_directory: Path, inventory: Path, ssh_config: Path, log: Path, emit: Emit,
-                 limit: Sequence[str] = (), become_password_file: Path | None = None,
+                 limit: Sequence[str] = (), become_password: str | None = None,
                  variables: Mapping[str, str] | None = None) -> PlaybookOutcome:
     """Runs a playbook to its end; everything Ansible says outside its events goes to ``log``.
 
@@ -146,25 +142,26 @@ def run_playbook(playbook: Path, *, fleet_directory: Path, inventory: Path, ssh_
         ConfigurationError: Ansible stopped before its first play (the last lines of ``log`` are in the error).
         KeyboardInterrupt: passed on after Ansible was stopped, within seconds.
     """
-    arguments = command(inventory, playbook, limit=limit, become_password_file=become_password_file,
+    arguments = command(inventory, playbook, limit=limit, become=become_password is not None,
                         variables=variables)
     outcome = PlaybookOutcome()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as said, _event_pipe() as (read_fd, write_fd):
         process = subprocess.Popen(
-            arguments, stdin=subprocess.DEVNULL, stdout=said, stderr=said, pass_fds=(write_fd,),
+            arguments, stdin=subprocess.PIPE, stdout=said, stderr=said, pass_fds=(write_fd,),
             start_new_session=True, cwd=fleet_directory, preexec_fn=die_with_parent,  # noqa: PLW1509 - one prctl call, no allocation
             env=environment(os.environ, fleet_directory=fleet_directory, ssh_config=ssh_config, events_fd=write_fd),
         )
         os.close(write_fd)
         try:
+            _tell(process, become_password)
             for event in _events(read_fd, outcome):
                 emit(event)
             outcome.exit_code = process.wait()
         except BaseException:
             stop_group(process, signal.SIGINT)
             raise
-    if outcome.exit_code and not outcome.stats and not outcome.failures:
+    if outcome.exit_code and not outcome.phase and not outcome.failures:
         tail = tuple(log.read_text(errors="replace").strip().splitlines()[-LOG_TAIL_LINES:])
         raise ConfigurationError("ansible.stopped", f"ansible-playbook stopped with exit code {outcome.exit_code} "
                                  f"before the first task of {playbook.name}.", hint=f"all it said is in {log}",
@@ -172,10 +169,20 @@ def run_playbook(playbook: Path, *, fleet_directory: Path, inventory: Path, ssh_
     return outcome
 
 
+def _tell(process: subprocess.Popen[bytes], become_password: str | None) -> None:
+    """The password goes through a pipe: never into an argument, the environment or a file."""
+    if process.stdin is None:
+        raise AssertionError("the process was started with a pipe")
+    with suppress(BrokenPipeError), process.stdin as pipe:
+        if become_password is not None:
+            pipe.write(become_password.encode() + b"\n")
+
+
 def _events(read_fd: int, outcome: PlaybookOutcome) -> Iterable[Event]:
     with os.fdopen(read_fd, encoding="utf-8", closefd=False) as stream:
         for line in stream:
-            yield from translate(json.loads(line), outcome)
+            if line.endswith("\n"):  # else the writer was killed in the middle of it
+                yield from translate(json.loads(line), outcome)
 
 
 @contextmanager

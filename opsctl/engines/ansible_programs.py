@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from opsctl.errors import OpsctlError
@@ -25,3 +26,14 @@ def ansible_program(name: str) -> str:
         raise OpsctlError("ansible.missing", f"{name} is neither beside {sys.executable} nor on PATH.",
                           hint="pip install opsctl brings ansible-core; check the environment opsctl runs in")
     return found
+
+
+def inherited(base: Mapping[str, str], fleet_directory: Path) -> dict[str, str]:
+    """What every program of ansible-core gets: the fleet's own ansible.cfg or none, and of the user's ``ANSIBLE_*``
+    variables only the vault's, so that a shell's settings change nothing here and secrets open as they do by hand.
+    """
+    kept = {key: value for key, value in base.items()
+            if not key.startswith("ANSIBLE_") or key.startswith("ANSIBLE_VAULT")}
+    own = fleet_directory / "ansible.cfg"
+    return kept | {"ANSIBLE_CONFIG": str(own if own.is_file() else NO_SETTINGS), "ANSIBLE_NOCOLOR": "1",
+                   "LC_ALL": "C.UTF-8"}

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Request:
     hosts: tuple[Host, ...]
     bundle: Path
     skip_unreachable: int = 0
-    become_password_file: Path | None = None
+    become_password: str | None = field(default=None, repr=False)
 
 
 def provision(request: Request, run: Run, emit: Emit) -> dict[str, Any]:
@@ -51,17 +51,20 @@ def provision(request: Request, run: Run, emit: Emit) -> dict[str, Any]:
     emit(PhaseStarted("Check the fleet and the bundle"))
     clashes(fleet)
     ssh_config = write_ssh_config(fleet)
-    if fleet.package_source == "gateway":
-        verify_bundle(request.bundle, fleet.directory / "trust" / "bundle.asc")
+    # with package_source=upstream too: the agent's wheel comes from the bundle, and root installs it
+    verify_bundle(request.bundle, fleet.directory / "trust" / "bundle.asc")
     reached, skipped = _reach(request, emit)
     check_releases(fleet, emit, bundle=request.bundle)
     outcome = run_playbook(
         resource("playbooks") / "site.yml", fleet_directory=fleet.directory, inventory=fleet.inventory,
         ssh_config=ssh_config, log=run.directory / "ansible.log", emit=emit, limit=limit_of(fleet, reached),
-        become_password_file=request.become_password_file, variables={"opsctl_bundle": str(request.bundle)},
+        become_password=request.become_password, variables={"opsctl_bundle": str(request.bundle)},
     )
-    judge(outcome)
-    served = bring_up(fleet, emit, hosts=reached, bundle=request.bundle, run=run.name)
+    judge(outcome, run.directory / "ansible.log")
+    try:
+        served = bring_up(fleet, emit, hosts=reached, bundle=request.bundle, run=run.name)
+    except RefusedError as error:
+        raise error if not outcome.changed else after_changes(error) from None
     return {
         "run": run.name,
         "changed": len(outcome.changed) + served["changed"],
@@ -77,7 +80,7 @@ def limit_of(fleet: Fleet, hosts: Sequence[Host]) -> tuple[str, ...]:
     return () if len(hosts) == len(fleet.hosts) else tuple(host.name for host in hosts)
 
 
-def judge(outcome: PlaybookOutcome) -> None:
+def judge(outcome: PlaybookOutcome, log: Path) -> None:
     """Says nothing when every host is well.
 
     Raises:
@@ -85,6 +88,10 @@ def judge(outcome: PlaybookOutcome) -> None:
         MixedError: a task failed after the preflight.
     """
     if not outcome.failures:
+        if outcome.exit_code:
+            raise MixedError("ansible.ended", f"ansible-playbook ended with exit code {outcome.exit_code} in "
+                             f"{outcome.phase}, and no task had failed.",
+                             hint=f"all it said is in {log}; then run the same command again")
         return
     # a role whose unit does not start fails twice: systemd's word first, then the unit's own lines, which tell more
     first = [failure for failure in outcome.failures if failure.host == outcome.failures[0].host][-1]
@@ -97,6 +104,11 @@ def judge(outcome: PlaybookOutcome) -> None:
     raise MixedError("provision.failed", sentence,
                      hint="what was done stays done: mend the cause and run the same command again",
                      log_tail=first.detail)
+
+
+def after_changes(error: OpsctlError) -> MixedError:
+    """A refusal that came when hosts had been changed already is none: exit 5 promises that nothing was."""
+    return MixedError(error.code, error.message, hint=error.hint, log_tail=error.log_tail)
 
 
 def _reason(failure: Failure) -> str:
@@ -113,7 +125,7 @@ def _reach(request: Request, emit: Emit) -> tuple[tuple[Host, ...], tuple[Host, 
     """
 
     def knock(session: Session) -> None:
-        session.run(["true"], sudo=request.become_password_file is None, timeout_s=REACH_TIMEOUT_S)
+        session.run(["true"], sudo=request.become_password is None, timeout_s=REACH_TIMEOUT_S)
 
     answers = on_each(request.fleet, request.hosts, knock)
     silent = {name: answer for name, answer in answers.items() if isinstance(answer, OpsctlError)}

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from opsctl.engines.ansible_programs import NO_SETTINGS, ansible_program
+from opsctl.engines.ansible_programs import ansible_program, inherited
 from opsctl.errors import ConfigurationError
 from opsctl.fleet.source import at, find_line, inventory_files, text_of
 
@@ -61,18 +61,12 @@ def read_raw(inventory: Path) -> RawInventory:
 
 
 def environment(base: Mapping[str, str], directory: Path) -> dict[str, str]:
-    """Ansible's environment: the fleet's own ansible.cfg or none, and of the user's ``ANSIBLE_*`` only the vault's."""
-    kept = {key: value for key, value in base.items()
-            if not key.startswith("ANSIBLE_") or key.startswith("ANSIBLE_VAULT")}
-    own = directory / "ansible.cfg"
-    return kept | {
-        "ANSIBLE_CONFIG": str(own if own.is_file() else NO_SETTINGS),
+    """Ansible's environment while it reads an inventory: it fails where it would only warn."""
+    return inherited(base, directory) | {
         "ANSIBLE_INVENTORY_ANY_UNPARSED_IS_FAILED": "True",
         "ANSIBLE_INVENTORY_UNPARSED_FAILED": "True",
         "ANSIBLE_TRANSFORM_INVALID_GROUP_CHARS": "ignore",  # rack-a is a fine name
         "ANSIBLE_DEPRECATION_WARNINGS": "False",
-        "ANSIBLE_NOCOLOR": "1",
-        "LC_ALL": "C.UTF-8",
         "COLUMNS": "1000",  # it wraps its messages
     }
 

@@ -38,8 +38,8 @@ class Channel(Protocol):
 
 
 def has_agent(channel: Channel) -> bool:
-    """Whether the host was provisioned before."""
-    return channel.run(["test", "-x", HOST_PROGRAM]).returncode == 0
+    """Whether the host was provisioned before. Asked without sudo: the first provision may be what brings it."""
+    return channel.run(["test", "-x", HOST_PROGRAM], sudo=False).returncode == 0
 
 
 def ask(channel: Channel, verb: Sequence[str], *, host: str, stdin: bytes = b"", timeout_s: float = TIMEOUT_S

@@ -106,10 +106,10 @@ def test_the_outcome_decides_the_exit_code(failures: list[ansible.Failure], chan
                                            expected: type[Exception] | None) -> None:
     outcome = ansible.PlaybookOutcome(changed=changed, failures=failures)
     if expected is None:
-        judge(outcome)
+        judge(outcome, Path("ansible.log"))
         return
     with pytest.raises(expected, match="gpu-1: Check the disk: 2 GB free, 8 GB wanted"):
-        judge(outcome)
+        judge(outcome, Path("ansible.log"))
 
 
 def test_opsctl_is_not_imported_by_the_gpl_callback_nor_ansible_by_opsctl() -> None:
@@ -166,5 +166,54 @@ def test_the_word_that_tells_most_is_the_last_one_of_the_first_host() -> None:
             ansible.Failure("gpu-2", "Agent", "Start it.", "unable to start"),
             ansible.Failure("gpu-1", "Agent", "Stop and show why.", "the port is taken", ("bind: in use",))]
     with pytest.raises(MixedError, match=r"gpu-1: .*the port is taken \(also on gpu-2\)") as caught:
-        judge(ansible.PlaybookOutcome(failures=said))
+        judge(ansible.PlaybookOutcome(failures=said), Path("ansible.log"))
     assert caught.value.log_tail == ("bind: in use",)
+
+
+def test_an_exit_code_without_a_failed_task_is_no_success() -> None:
+    with pytest.raises(MixedError, match="exit code 250 in Agent"):
+        judge(ansible.PlaybookOutcome(stats={"gpu-1": {"ok": 3}}, phase="Agent", exit_code=250), Path("ansible.log"))
+
+
+# As sudo -S does: prompts on stderr, reads a line, becomes.
+SUDO = """#!/bin/sh
+while [ "$1" != -u ]; do
+    [ "$1" != -p ] || printf '%s' "$2" >&2
+    shift
+done
+shift 2
+read -r said
+[ "$said" = "pass word" ] || exit 1
+exec "$@"
+"""
+
+
+def test_a_sudo_password_goes_through_a_pipe(tmp_path: Path) -> None:
+    """It is in no argument, no environment and no file; sudo gets it all the same."""
+    (tmp_path / "sudo").write_text(SUDO)
+    (tmp_path / "sudo").chmod(0o700)
+    (tmp_path / "inventory.ini").write_text(
+        f"here ansible_connection=local ansible_become=true ansible_become_user=daemon "
+        f"ansible_become_exe={tmp_path}/sudo\n")
+    (tmp_path / "play.yml").write_text(textwrap.dedent("""
+        - name: Preflight
+          hosts: all
+          gather_facts: false
+          tasks:
+            - name: Look.
+              ansible.builtin.stat: {path: /}
+    """))
+    for password, failures in (("pass word", 0), ("wrong", 1)):
+        outcome = ansible.run_playbook(
+            tmp_path / "play.yml", fleet_directory=tmp_path, inventory=tmp_path / "inventory.ini",
+            ssh_config=Path(os.devnull), log=tmp_path / "log", emit=lambda event: None, become_password=password)
+        assert len(outcome.failures) == failures, outcome.failures
+
+
+def test_a_folder_with_a_blank_and_the_vaults_password_reach_ansible(tmp_path: Path) -> None:
+    given = ansible.environment({"ANSIBLE_VAULT_PASSWORD_FILE": "/v", "ANSIBLE_FORKS": "1", "HOME": "/h"},
+                                fleet_directory=tmp_path, ssh_config=Path("/a fleet/ssh_config"), events_fd=3)
+    assert given["ANSIBLE_SSH_ARGS"] == "-F '/a fleet/ssh_config' -o ControlPersist=60s"
+    assert given["ANSIBLE_VAULT_PASSWORD_FILE"] == "/v"
+    assert given["ANSIBLE_FORKS"] == "32"
+    assert given["HOME"] == "/h"

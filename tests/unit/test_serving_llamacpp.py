@@ -165,9 +165,9 @@ def test_waiting_requests_are_in_flight_too() -> None:
     assert requests_in_flight("llamacpp:requests_processing 2\nllamacpp:requests_deferred 3\nother 9\n") == 5
 
 
-# The real engine. CI's environment has it not; `uv pip install xllamacpp` into .venv brings these tests to life.
+# The real engine. Four slots serve the streams in turn, so most of them wait while the first are served.
 
-STREAMS = 12
+STREAMS = 40
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def test_a_stop_under_load_loses_no_stream(server: subprocess.Popen[str], tmp_pa
 
     def stream() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 900, "stream": True, "ignore_eos": True}
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 400, "stream": True, "ignore_eos": True}
         begun.wait()
         connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
         try:
@@ -214,8 +214,8 @@ def test_a_stop_under_load_loses_no_stream(server: subprocess.Popen[str], tmp_pa
     for thread in threads:
         thread.start()
     begun.wait()
-    while metric(_get(port, "/metrics"), "llamacpp:requests_deferred") != STREAMS - 4:
-        assert not ended, "too fast: nothing was in flight"
+    while (metric(_get(port, "/metrics"), "llamacpp:requests_deferred") or 0) < STREAMS // 2:
+        assert len(ended) < STREAMS // 2, "too fast: too little was in flight"
     server.send_signal(signal.SIGTERM)
     in_flight = STREAMS - len(ended)
     assert server.wait(60) == 0
