@@ -7,6 +7,7 @@ import binascii
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +26,7 @@ from opsctl.agent.ledger import Line
 from opsctl.agent.manifest import ReleaseFile
 from opsctl.agent.paths import Paths
 from opsctl.agent.progress import Meter, silent
-from opsctl.agent.stage import link_verified, plan_files, sweep
+from opsctl.agent.stage import check_space, free_bytes_of, link_verified, plan_files, sweep
 from opsctl.agent.store import same_files, stored_releases, verify_files
 from opsctl.agent.trust import Signed
 from opsctl.errors import LockedError, RefusedError, UsageError
@@ -33,14 +34,14 @@ from opsctl.errors import LockedError, RefusedError, UsageError
 INCOMING = ".incoming"
 
 
-def begin(paths: Paths, body: bytes) -> dict[str, Any]:
+def begin(paths: Paths, body: bytes, free_bytes: Callable[[Path], int] | None = None) -> dict[str, Any]:
     """Takes ``{"manifest", "signature"}`` (base64) and says which files to send.
 
     Returns ``{"accepted", "service", "release", "needed": [{"path", "size", "have"}]}``: ``have`` bytes are here
     already. Files of other releases are linked, so a release with the same weights sends none.
 
     Raises:
-        RefusedError: unsigned, foreign, tampered.
+        RefusedError: unsigned, foreign, tampered, or not enough space for what is missing.
     """
     try:
         document = json.loads(body)
@@ -61,6 +62,7 @@ def begin(paths: Paths, body: bytes) -> dict[str, Any]:
         files = incoming / manifests.FILES
         make_directory(files)
         plan = plan_files(signed, files, same_files(releases))
+        check_space(plan, (free_bytes or free_bytes_of)(releases), signed.directory_name)
         for entry, source in plan.link:
             link_verified(source, files / entry.path, entry, Meter(entry.size, silent))
         needed = [{"path": entry.path, "size": entry.size, "have": _have(files / entry.path)} for entry in plan.fetch]

@@ -8,9 +8,11 @@ Exit codes are those of ``opsctl`` itself.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,10 +41,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             audit.record(arguments.verb, what)
         _print(arguments.act(Paths(), arguments))
     except OpsctlError as error:
-        _print({"error": error.as_document(), "exit_code": int(error.exit_code)})
-        sys.stderr.write(f"{error.message} [{error.code}] {error.hint}\n")
-        return int(error.exit_code)
+        return _failed(error)
+    except OSError as error:
+        return _failed(_of_system(error, arguments.verb))
+    except Exception as error:  # noqa: BLE001 - whoever called reads one document, whatever happened here
+        traceback.print_exc()  # to stderr: a job's lands in the journal
+        return _failed(OpsctlError("unexpected", f"opsctl-host {arguments.verb}: unexpected {type(error).__name__}: "
+                                   f"{error}.", hint="the same verb by hand on that host prints where"))
     return int(ExitCode.DONE)
+
+
+def _failed(error: OpsctlError) -> int:
+    _print({"error": error.as_document(), "exit_code": int(error.exit_code)})
+    sys.stderr.write(f"{error.message} [{error.code}] {error.hint}\n")
+    return int(error.exit_code)
+
+
+def _of_system(error: OSError, verb: str) -> OpsctlError:
+    """A full disk, a missing right, a broken disk: what the kernel said, and of which file."""
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OpsctlError("host.disk_full", f"opsctl-host {verb}: no space is left{where}.",
+                           hint="df -h /srv /opt /var; the same command again goes on where this one stopped")
+    return OpsctlError("host.system", f"opsctl-host {verb}: {error.strerror or error}{where}.",
+                       hint="dmesg and systemctl status on the host say whether a disk is ill")
 
 
 NOT_AUDITED = frozenset({"act", "acts", "audited", "verb", "json"})
@@ -104,6 +126,9 @@ def _work(name: str, paths: Paths, work: Callable[[job.Reporter], dict[str, Any]
         result = work(reporter)
     except OpsctlError as error:
         reporter.failed(error)
+        raise
+    except OSError as error:
+        reporter.failed(_of_system(error, name))
         raise
     except Exception as error:
         reporter.failed(OpsctlError("unexpected", f"unexpected {type(error).__name__}: {error}",

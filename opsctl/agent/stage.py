@@ -90,7 +90,7 @@ def stage(
             staging = releases / ".staging" / name
             signed = _signed_manifest(base, staging, service, name, paths.allowed_signers)
             plan = plan_files(signed, staging / manifests.FILES, same_files(releases))
-            check_space(plan, (free_bytes or _free_bytes)(releases), name)
+            check_space(plan, (free_bytes or free_bytes_of)(releases), name)
             _bring(plan, signed, base, staging, report)
             sweep(staging / manifests.FILES, signed)
         doing("environment")
@@ -133,7 +133,7 @@ def check_space(plan: Plan, free: int, name: str) -> None:
     needed = plan.fetch_bytes + (MARGIN_BYTES if plan.fetch_bytes else 0)
     if needed > free:
         raise RefusedError("host.disk_full", f"{name} does not fit: it needs {_mb(needed)} with a margin, "
-                           f"{_mb(free)} are free.", hint="df -h /srv/opsctl; remove what is not needed there")
+                           f"{_mb(free)} are free.", hint="df -h /srv on that host; remove what is not needed there")
 
 
 def _bring(plan: Plan, signed: Signed, base: str, staging: Path, report: Report) -> None:
@@ -216,7 +216,7 @@ def _discard_broken(paths: Paths, service: str, target: Path) -> None:
         remove_tree(target)
 
 
-def _free_bytes(directory: Path) -> int:
+def free_bytes_of(directory: Path) -> int:
     return shutil.disk_usage(directory).free
 
 

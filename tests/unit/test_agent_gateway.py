@@ -31,10 +31,10 @@ def host(tmp_path: Path, keys: Keys) -> Paths:
     return make_host(tmp_path / "host", keys)
 
 
-def begin(host: Paths, directory: Path) -> dict[str, Any]:
+def begin(host: Paths, directory: Path, **more: Any) -> dict[str, Any]:
     body = {name: base64.b64encode((directory / path).read_bytes()).decode()
             for name, path in (("manifest", "manifest.json"), ("signature", "manifest.json.sig"))}
-    return gateway.begin(host, json.dumps(body).encode())
+    return gateway.begin(host, json.dumps(body).encode(), **more)
 
 
 def send(host: Paths, directory: Path) -> dict[str, Any]:
@@ -70,6 +70,16 @@ def test_sending_goes_on_where_it_stopped(host: Paths, keys: Keys, tmp_path: Pat
     with pytest.raises(RefusedError, match="20000 bytes are here, not 10000"):
         gateway.receive(host, "chat", directory.name, "model.gguf", 10_000, io.BytesIO(MODEL[10_000:]))
     assert send(host, directory)["changed"]
+
+
+def test_what_does_not_fit_is_refused_before_a_byte_is_sent(host: Paths, keys: Keys, tmp_path: Path) -> None:
+    directory = lay_down(tmp_path, {"model.gguf": MODEL}, keys.private)
+    with pytest.raises(RefusedError) as refused:
+        begin(host, directory, free_bytes=lambda _: len(MODEL))
+    assert refused.value.code == "host.disk_full"
+    send(host, directory)
+    second = lay_down(tmp_path, {"model.gguf": MODEL}, keys.private, "v2")
+    assert begin(host, second, free_bytes=lambda _: 0)["needed"] == []  # linked: it needs nothing
 
 
 def test_a_release_with_the_same_weights_moves_no_byte(host: Paths, keys: Keys, tmp_path: Path) -> None:

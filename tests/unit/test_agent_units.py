@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import subprocess
@@ -272,6 +273,35 @@ def test_an_error_is_one_document(host: Paths, monkeypatch: pytest.MonkeyPatch) 
     assert code == 3
     assert document["error"]["code"] == "host.not_provisioned"
     assert document["exit_code"] == 3
+
+
+def failing(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+    return fail
+
+
+@pytest.mark.parametrize(("error", "code"), [
+    (OSError(errno.ENOSPC, "No space left on device", "/srv/x.part"), "host.disk_full"),
+    (OSError(errno.EIO, "Input/output error"), "host.system"),
+    (PermissionError(errno.EACCES, "Permission denied", "/srv/x"), "host.system"),
+    (ValueError("what"), "unexpected"),
+])
+def test_whatever_happens_is_one_document(host: Paths, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str
+                                          ) -> None:
+    monkeypatch.setattr(host_program, "state", failing(error))
+    returned, document = said(["state", "--json"])
+    assert (returned, document["exit_code"], document["error"]["code"]) == (1, 1, code)
+    assert str(getattr(error, "filename", None) or "") in document["error"]["message"]
+
+
+def test_a_worker_on_a_full_disk_leaves_a_status(host: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_program, "Paths", lambda: host)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr(host_program.first_start, "first_start", failing(OSError(errno.ENOSPC, "full")))
+    assert said(["work-first-start", "chat.0", "--release", "v1-000000000000"])[0] == 1
+    status = job.look(host, "opsctl-first-start-chat.0", Systemd())
+    assert (status["state"], status["error"]["code"]) == ("failed", "host.disk_full")
 
 
 @pytest.mark.parametrize("argv", [["stage", "--service", "../x", "--release", "v1-000000000000"],
