@@ -85,13 +85,19 @@ def bring_up(fleet: Fleet, emit: Emit, *, hosts: Sequence[Host] | None = None, b
     rows: list[dict[str, str]] = []
     errors: list[OpsctlError] = []
     for service in fleet.services:
-        with Session(fleet, gateway) as session:
-            want = _wanted(fleet, session, gateway, service, _bundle(fleet, bundle))
-            if want is None:
-                emit(Note(f"{service.name} has no release yet: opsctl model import, and first_release in services.yml"))
-                continue
-            changed += _publish(fleet, session, gateway, want, _bundle(fleet, bundle), emit)
-            changed += _write_ledger(session, gateway, want, run, emit)
+        try:
+            with Session(fleet, gateway) as session:
+                want = _wanted(fleet, session, gateway, service, _bundle(fleet, bundle))
+                if want is None:
+                    emit(Note(f"{service.name} has no release yet: opsctl model import, and first_release in "
+                              "services.yml"))
+                    continue
+                changed += _publish(fleet, session, gateway, want, _bundle(fleet, bundle), emit)
+                changed += _write_ledger(session, gateway, want, run, emit)
+        except OpsctlError as error:  # one service's trouble is not the other's
+            errors.append(error)
+            emit(TaskResult(gateway.name, f"bring up {service.name}", "failed", error.message, error.log_tail))
+            continue
         serving = [host for host in fleet.group(service.group) if host.name in chosen]
         results = on_each(fleet, serving, lambda session, want=want: _host(session, want, emit))  # type: ignore[misc]
         for host in serving:
@@ -103,7 +109,7 @@ def bring_up(fleet: Fleet, emit: Emit, *, hosts: Sequence[Host] | None = None, b
             changed += result.changed
             rows += result.instances
             errors += result.errors
-    failure = outcome(errors, any(row["state"] == "started" for row in rows))
+    failure = outcome(errors, started=any(row["state"] == "started" for row in rows), changed=changed > 0)
     if failure is not None:
         raise failure
     return {"changed": changed, "instances": rows}
@@ -118,17 +124,20 @@ def plan_host(state: Mapping[str, Any], want: Wanted) -> HostPlan:
     return HostPlan(start, behind)
 
 
-def outcome(errors: Sequence[OpsctlError], started: bool) -> OpsctlError | None:
+def outcome(errors: Sequence[OpsctlError], *, started: bool, changed: bool) -> OpsctlError | None:
     """One error for all that failed, or None. Pure.
 
-    All of one kind and nothing started: that kind, for then the fleet is as it was. Otherwise it is mixed.
+    All of one kind and nothing changed: that kind, for the fleet is as it was. First starts that were undone leave
+    a staged release behind and serving as it was, so they keep their kind too. Otherwise the fleet is mixed.
     """
     if not errors:
         return None
     first = errors[0]
     others = f" ({len(errors)} failures in all)" if len(errors) > 1 else ""
     kinds = {type(error) for error in errors}
-    kind = type(first) if len(kinds) == 1 and not started and type(first) is not OpsctlError else MixedError
+    alike = len(kinds) == 1 and type(first) is not OpsctlError
+    as_it_was = not changed or (kinds == {RolledBackError} and not started)
+    kind = type(first) if alike and as_it_was else MixedError
     return kind(first.code, first.message + others, hint=first.hint or "mend it and run the same command again",
                 log_tail=first.log_tail)
 

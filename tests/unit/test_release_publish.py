@@ -102,13 +102,14 @@ def test_only_instances_that_never_served_are_started(instances: list[Any], star
 ROLLED, REFUSED = RolledBackError("x", "gpu-1: x"), RefusedError("y", "gpu-2: y")
 
 
-@pytest.mark.parametrize(("errors", "started", "kind"), [
-    ([], True, type(None)), ([ROLLED], False, RolledBackError), ([ROLLED, ROLLED], False, RolledBackError),
-    ([ROLLED], True, MixedError), ([ROLLED, REFUSED], False, MixedError), ([REFUSED], False, RefusedError),
-    ([OpsctlError("z", "gpu-3: z")], False, MixedError),
+@pytest.mark.parametrize(("errors", "started", "changed", "kind"), [
+    ([], True, True, type(None)), ([ROLLED], False, True, RolledBackError), ([ROLLED] * 2, False, True, RolledBackError),
+    ([ROLLED], True, True, MixedError), ([ROLLED, REFUSED], False, False, MixedError),
+    ([REFUSED], False, False, RefusedError), ([REFUSED], False, True, MixedError),
+    ([OpsctlError("z", "gpu-3: z")], False, False, MixedError),
 ])
-def test_how_failures_add_up(errors: list[OpsctlError], started: bool, kind: type) -> None:
-    failure = outcome(errors, started)
+def test_how_failures_add_up(errors: list[OpsctlError], started: bool, changed: bool, kind: type) -> None:
+    failure = outcome(errors, started=started, changed=changed)
     assert type(failure) is kind
     assert failure is None or failure.message.startswith(errors[0].message)
 
