@@ -58,7 +58,8 @@ def provision(request: Request, run: Run, emit: Emit) -> dict[str, Any]:
     outcome = run_playbook(
         resource("playbooks") / "site.yml", fleet_directory=fleet.directory, inventory=fleet.inventory,
         ssh_config=ssh_config, log=run.directory / "ansible.log", emit=emit, limit=limit_of(fleet, reached),
-        become_password=request.become_password, variables={"opsctl_bundle": str(request.bundle), "opsctl_bundle_verified": "true"},
+        become_password=request.become_password,
+        variables={"opsctl_bundle": str(request.bundle), "opsctl_bundle_verified": "true"},
     )
     judge(outcome, run.directory / "ansible.log")
     try:

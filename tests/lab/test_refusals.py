@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +15,8 @@ import pytest
 from command import Said, opsctl, refused
 
 pytestmark = pytest.mark.lab
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +106,66 @@ def test_an_unsigned_bundle(fleet: Path) -> None:
     (fleet / "bundle" / "SHA256SUMS.asc").unlink()
     sentence = refused(provision(fleet), 5, "bundle.unsigned")
     assert "SHA256SUMS.asc" in sentence
+
+
+def test_plain_ansible_takes_no_tampered_bundle_either(fleet: Path) -> None:
+    (fleet / "bundle" / "wheels" / "opsctl-agent.txt").write_text("opsctl-agent==9 --hash=sha256:" + "0" * 64 + "\n")
+    opsctl("status", inventory=fleet / "inventory.ini")  # writes .opsctl, as any verb does
+    done = subprocess.run(
+        [Path(sys.executable).parent / "ansible-playbook", "-i", "inventory.ini", ROOT / "playbooks" / "site.yml"],
+        cwd=fleet, capture_output=True, text=True, check=False,
+        env={key: value for key, value in os.environ.items() if not key.startswith("ANSIBLE")}
+        | {"LC_ALL": "C.UTF-8", "ANSIBLE_ROLES_PATH": str(ROOT / "roles")})
+    assert done.returncode == 2
+    assert "is not the file that was signed" in done.stdout
+
+
+def release_of(fleet: Path) -> Path:
+    (directory,) = (fleet / "bundle" / "releases" / "chat").iterdir()
+    directory.chmod(0o755)
+    return directory
+
+
+def test_an_unsigned_release(fleet: Path) -> None:
+    (release_of(fleet) / "manifest.json.sig").unlink()
+    sentence = refused(provision(fleet), 5, "release.unsigned")
+    assert "manifest.json.sig" in sentence
+
+
+def test_a_tampered_release(fleet: Path) -> None:
+    manifest = release_of(fleet) / "manifest.json"
+    content = manifest.read_text()
+    manifest.chmod(0o644)
+    manifest.write_text(content.replace('"max_model_len":', '"max_model_len": '))
+    refused(provision(fleet), 5, "release.tampered")
+
+
+def test_a_tampered_weight(fleet: Path) -> None:
+    (weight,) = (release_of(fleet) / "files").iterdir()
+    content = weight.read_bytes()
+    weight.parent.chmod(0o755)
+    weight.unlink()
+    weight.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    sentence = refused(opsctl("model", "verify", "--json", inventory=fleet / "inventory.ini"), 5, "release.tampered")
+    assert weight.name in sentence
+
+
+def test_a_pickle_under_another_name(fleet: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(pickle.dumps({"weights": [0.5] * 8}))
+    said = opsctl("model", "import", weights, "--service", "chat", "--version", "v9", "--json",
+                  inventory=fleet / "inventory.ini")
+    sentence = refused(said, 5, "release.pickle")
+    assert "model.safetensors" in sentence
+    assert not list((fleet / "bundle" / "releases").rglob("v9*"))
+
+
+def test_a_release_that_is_nowhere(fleet: Path) -> None:
+    services = fleet / "services.yml"
+    services.write_text(services.read_text()
+                        + "\nembed:\n  group: gpu\n  port: 8200\n  listen: 8001\n  first_release: v7\n")
+    sentence = refused(provision(fleet), 5, "release.missing")
+    assert "opsctl model import" in sentence
 
 
 def test_a_host_that_is_down(fleet: Path) -> None:

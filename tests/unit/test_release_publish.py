@@ -103,8 +103,9 @@ ROLLED, REFUSED = RolledBackError("x", "gpu-1: x"), RefusedError("y", "gpu-2: y"
 
 
 @pytest.mark.parametrize(("errors", "started", "changed", "kind"), [
-    ([], True, True, type(None)), ([ROLLED], False, True, RolledBackError), ([ROLLED] * 2, False, True, RolledBackError),
-    ([ROLLED], True, True, MixedError), ([ROLLED, REFUSED], False, False, MixedError),
+    ([], True, True, type(None)), ([ROLLED], False, True, RolledBackError),
+    ([ROLLED, ROLLED], False, True, RolledBackError), ([ROLLED], True, True, MixedError),
+    ([ROLLED, REFUSED], False, False, MixedError),
     ([REFUSED], False, False, RefusedError), ([REFUSED], False, True, MixedError),
     ([OpsctlError("z", "gpu-3: z")], False, False, MixedError),
 ])
