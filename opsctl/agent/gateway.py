@@ -17,6 +17,7 @@ from opsctl.agent.durable import (
     locked,
     make_directory,
     make_read_only,
+    remove_tree,
     sync_directory,
     sync_tree,
     write_atomically,
@@ -26,7 +27,7 @@ from opsctl.agent.ledger import Line
 from opsctl.agent.manifest import ReleaseFile
 from opsctl.agent.paths import Paths
 from opsctl.agent.progress import Meter, silent
-from opsctl.agent.stage import check_space, free_bytes_of, link_verified, plan_files, sweep
+from opsctl.agent.stage import check_space, fault_of, free_bytes_of, link_what_holds, plan_files, sweep
 from opsctl.agent.store import same_files, stored_releases, verify_files
 from opsctl.agent.trust import Signed
 from opsctl.errors import LockedError, RefusedError, UsageError
@@ -38,7 +39,8 @@ def begin(paths: Paths, body: bytes, free_bytes: Callable[[Path], int] | None = 
     """Takes ``{"manifest", "signature"}`` (base64) and says which files to send.
 
     Returns ``{"accepted", "service", "release", "needed": [{"path", "size", "have"}]}``: ``have`` bytes are here
-    already. Files of other releases are linked, so a release with the same weights sends none.
+    already. Files of other releases are linked, so a release with the same weights sends none. A release that is here
+    and broken is thrown away and taken again.
 
     Raises:
         RefusedError: unsigned, foreign, tampered, or not enough space for what is missing.
@@ -53,18 +55,21 @@ def begin(paths: Paths, body: bytes, free_bytes: Callable[[Path], int] | None = 
     answer = {"service": service, "release": signed.directory_name, "needed": []}
     releases = paths.gateway_releases / service
     make_directory(releases)
-    if (releases / signed.directory_name).is_dir():
+    target = releases / signed.directory_name
+    if target.is_dir() and not fault_of(target, paths.allowed_signers):
         return {**answer, "accepted": True}
     incoming = _incoming(paths, service, signed.directory_name)
     with _only_one(incoming):
+        remove_tree(target)  # broken: taken anew
         write_atomically(incoming / manifests.MANIFEST, manifest)
         write_atomically(incoming / manifests.SIGNATURE, signature)
         files = incoming / manifests.FILES
         make_directory(files)
         plan = plan_files(signed, files, same_files(releases))
-        check_space(plan, (free_bytes or free_bytes_of)(releases), signed.directory_name)
-        for entry, source in plan.link:
-            link_verified(source, files / entry.path, entry, Meter(entry.size, silent))
+        free = free_bytes or free_bytes_of
+        check_space(plan, free(releases), signed.directory_name)
+        plan = link_what_holds(plan, files, Meter(signed.release.size, silent))
+        check_space(plan, free(releases), signed.directory_name)
         needed = [{"path": entry.path, "size": entry.size, "have": _have(files / entry.path)} for entry in plan.fetch]
     return {**answer, "accepted": False, "needed": needed}
 

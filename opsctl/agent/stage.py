@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from opsctl.agent.fetch import PARTIAL, fetch, open_directly
 from opsctl.agent.manifest import ReleaseFile
 from opsctl.agent.paths import Paths
 from opsctl.agent.progress import Meter, Report, silent
-from opsctl.agent.store import Stored, same_files, stored_releases, verify_file
+from opsctl.agent.store import Stored, same_files, verify_file
 from opsctl.agent.trust import Signed
 from opsctl.errors import OpsctlError, RefusedError
 
@@ -51,17 +52,20 @@ def job_name(service: str, version: str) -> str:
 
 
 def is_staged(paths: Paths, service: str, name: str) -> bool:
-    """The release is here, signed and whole, and so is its engine's environment.
-
-    Raises:
-        RefusedError: it is here, and its signature or manifest is wrong.
-    """
+    """The release is here, signed and whole, and so is its engine's environment. One that is broken is staged anew."""
     directory = paths.releases(service) / name
-    if not directory.is_dir():
+    if not directory.is_dir() or fault_of(directory, paths.allowed_signers):
         return False
-    signed = trust.read_signed(directory, paths.allowed_signers)
-    return Stored(directory, signed.release, signed.digest).complete() and environment.is_complete(
-        paths, signed.release.engine)
+    return environment.is_complete(paths, trust.read_signed(directory, paths.allowed_signers).release.engine)
+
+
+def fault_of(directory: Path, allowed_signers: Path) -> str:
+    """What is wrong with a release that has its name: its manifest, its signature, a file's length; or empty."""
+    try:
+        signed = trust.read_signed(directory, allowed_signers)
+    except RefusedError as error:
+        return error.message.rstrip(".")
+    return "" if Stored(directory, signed.release, signed.digest).complete() else "it lost files"
 
 
 def stage(
@@ -90,8 +94,13 @@ def stage(
             staging = releases / ".staging" / name
             signed = _signed_manifest(base, staging, service, name, paths.allowed_signers)
             plan = plan_files(signed, staging / manifests.FILES, same_files(releases))
-            check_space(plan, (free_bytes or free_bytes_of)(releases), name)
-            _bring(plan, signed, base, staging, report)
+            free = free_bytes or free_bytes_of
+            check_space(plan, free(releases), name)
+            meter = Meter(signed.release.size, report)
+            meter.advance(sum(entry.size for entry in plan.there))
+            plan = link_what_holds(plan, staging / manifests.FILES, meter)
+            check_space(plan, free(releases), name)
+            _fetch(plan, base, staging / manifests.FILES, meter)
             sweep(staging / manifests.FILES, signed)
         doing("environment")
         built = environment.build(paths, signed.release.engine, f"{gateway_url}/wheels/")
@@ -136,14 +145,24 @@ def check_space(plan: Plan, free: int, name: str) -> None:
                            f"{_mb(free)} are free.", hint="df -h /srv on that host; remove what is not needed there")
 
 
-def _bring(plan: Plan, signed: Signed, base: str, staging: Path, report: Report) -> None:
-    files = staging / manifests.FILES
-    meter = Meter(signed.release.size, report)
-    for entry in plan.there:
-        meter.advance(entry.size)
+def link_what_holds(plan: Plan, files: Path, meter: Meter) -> Plan:
+    """Makes the plan's links; returns the plan in which copies that rotted are to be fetched instead."""
+    linked: list[tuple[ReleaseFile, Path]] = []
+    rotten: list[ReleaseFile] = []
     for entry, source in plan.link:
-        path = files / entry.path
-        link_verified(source, path, entry, meter)
+        before = meter.done
+        try:
+            link_verified(source, files / entry.path, entry, meter)
+            linked.append((entry, source))
+        except (RefusedError, OSError) as error:  # other bytes, an unreadable block, no more links
+            sys.stderr.write(f"{source} cannot be taken over, {entry.path} is brought again: {error}\n")
+            meter.advance(before - meter.done)
+            (files / entry.path).with_name(Path(entry.path).name + LINKING).unlink(missing_ok=True)
+            rotten.append(entry)
+    return Plan(plan.there, tuple(linked), (*plan.fetch, *rotten), plan.fetch_bytes + sum(e.size for e in rotten))
+
+
+def _fetch(plan: Plan, base: str, files: Path, meter: Meter) -> None:
     for entry in plan.fetch:
         path = files / entry.path
         make_directory(path.parent)
@@ -205,15 +224,15 @@ def _small(url: str, what: str) -> bytes:
 
 
 def _discard_broken(paths: Paths, service: str, target: Path) -> None:
-    """A release that lost files is brought anew, unless an instance serves it."""
-    for stored in stored_releases(target.parent):
-        if stored.directory != target or stored.complete():
-            continue
-        for current in paths.services.joinpath(service).glob("current.*"):
-            if current.resolve() == target.resolve():
-                raise RefusedError("release.broken", f"{target} lost files while {current.name} points at it.",
-                                   hint="move the instance to another release first")
-        remove_tree(target)
+    """A release that lost files or whose manifest is damaged is brought anew, unless an instance serves it."""
+    fault = fault_of(target, paths.allowed_signers) if target.is_dir() else ""
+    if not fault:
+        return
+    for current in sorted(paths.services.joinpath(service).glob("current.*")):
+        if current.resolve() == target.resolve():
+            raise RefusedError("release.broken", f"{target} is broken ({fault}), and {current.name} points at it.",
+                               hint="move the instance to another release first; then the same again brings it anew")
+    remove_tree(target)
 
 
 def free_bytes_of(directory: Path) -> int:

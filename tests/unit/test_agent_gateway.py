@@ -89,6 +89,29 @@ def test_a_release_with_the_same_weights_moves_no_byte(host: Paths, keys: Keys, 
     assert gateway.accept(host, "chat", second.name)["changed"]
 
 
+def test_a_rotten_file_of_another_release_is_sent_again(host: Paths, keys: Keys, tmp_path: Path) -> None:
+    first = lay_down(tmp_path, {"model.gguf": MODEL}, keys.private, "v1")
+    send(host, first)
+    kept = host.gateway_releases / "chat" / first.name / "files" / "model.gguf"
+    kept.chmod(0o644)
+    kept.write_bytes(b"?" + MODEL[1:])
+    second = lay_down(tmp_path, {"model.gguf": MODEL}, keys.private, "v2")
+    assert begin(host, second)["needed"] == [{"path": "model.gguf", "size": len(MODEL), "have": 0}]
+    assert send(host, second)["changed"]
+
+
+@pytest.mark.parametrize("lost", ["manifest.json", "manifest.json.sig", "files/model.gguf"])
+def test_a_release_that_broke_here_is_taken_again(host: Paths, keys: Keys, tmp_path: Path, lost: str) -> None:
+    directory = lay_down(tmp_path, {"model.gguf": MODEL}, keys.private)
+    send(host, directory)
+    target = host.gateway_releases / "chat" / directory.name
+    for folder in (target, target / "files"):
+        folder.chmod(0o755)
+    (target / lost).unlink()
+    assert send(host, directory)["changed"]
+    assert begin(host, directory)["accepted"]
+
+
 def test_a_foreign_release_is_not_even_begun(host: Paths, tmp_path: Path) -> None:
     directory = lay_down(tmp_path, {"model.gguf": MODEL}, make_keys(tmp_path / "other").private)
     with pytest.raises(RefusedError) as refused:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +90,73 @@ def test_files_of_another_release_are_linked_and_not_fetched(host: Paths, web: W
     assert not [path for path, _ in web.asked if path.endswith("model.gguf")]
 
 
-def test_a_damaged_file_of_another_release_is_not_taken_over(host: Paths, web: Web, gateway: Path, keys: Keys) -> None:
+@pytest.mark.parametrize("harm", [b"?" + MODEL[1:], b""])
+def test_a_rotten_file_of_another_release_is_fetched_and_not_taken_over(
+        host: Paths, web: Web, gateway: Path, keys: Keys, harm: bytes) -> None:
+    first = publish(web, lay_down(gateway, {"model.gguf": MODEL}, keys.private, "v1"))
+    stage(host, web.url, "chat", first)
+    kept = host.releases("chat") / first / "files" / "model.gguf"
+    kept.chmod(0o644)
+    kept.write_bytes(harm)
+    second = publish(web, lay_down(gateway, {"model.gguf": MODEL}, keys.private, "v2"))
+    seen: list[tuple[int, int]] = []
+    done = stage(host, web.url, "chat", second, report=lambda *now: seen.append(now))
+    assert (done["linked_files"], done["fetched_bytes"]) == (0, len(MODEL))
+    assert (host.releases("chat") / second / "files" / "model.gguf").read_bytes() == MODEL
+    assert seen[-1] == (len(MODEL), len(MODEL))
+    assert kept.read_bytes() == harm
+
+
+def test_space_is_asked_again_when_a_rotten_file_must_be_fetched(host: Paths, web: Web, gateway: Path, keys: Keys
+                                                                 ) -> None:
     first = publish(web, lay_down(gateway, {"model.gguf": MODEL}, keys.private, "v1"))
     stage(host, web.url, "chat", first)
     kept = host.releases("chat") / first / "files" / "model.gguf"
     kept.chmod(0o644)
     kept.write_bytes(b"?" + MODEL[1:])
     second = publish(web, lay_down(gateway, {"model.gguf": MODEL}, keys.private, "v2"))
-    assert refusal(host, web, second).code == "release.tampered"
+    assert refusal(host, web, second, free_bytes=lambda _: 100_000).code == "host.disk_full"
+
+
+DAMAGES: list[Callable[[Path], object]] = [
+    lambda release: (release / "manifest.json").write_bytes(b"{}"),
+    lambda release: (release / "manifest.json").write_bytes(b""),
+    lambda release: (release / "manifest.json").unlink(),
+    lambda release: (release / "manifest.json.sig").unlink(),
+    lambda release: (release / "manifest.json.sig").write_bytes(b"\0" * 100),
+]
+
+
+def damaged(host: Paths, web: Web, gateway: Path, keys: Keys, damage: Callable[[Path], object]) -> str:
+    name = publish(web, lay_down(gateway, {"model.gguf": MODEL}, keys.private))
+    stage(host, web.url, "chat", name)
+    release = host.releases("chat") / name
+    release.chmod(0o755)
+    for path in release.glob("manifest*"):
+        path.chmod(0o644)
+    damage(release)
+    return name
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_release_with_a_damaged_manifest_is_brought_again(host: Paths, web: Web, gateway: Path, keys: Keys,
+                                                            damage: Callable[[Path], object]) -> None:
+    name = damaged(host, web, gateway, keys, damage)
+    assert not is_staged(host, "chat", name)
+    assert stage(host, web.url, "chat", name)["changed"]
+    assert is_staged(host, "chat", name)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_manifest_of_a_release_that_serves_is_left_for_a_person(
+        host: Paths, web: Web, gateway: Path, keys: Keys, damage: Callable[[Path], object]) -> None:
+    name = damaged(host, web, gateway, keys, damage)
+    (host.services / "chat" / "current.0").symlink_to(f"releases/{name}")
+    with pytest.raises(RefusedError) as error:
+        stage(host, web.url, "chat", name)
+    assert error.value.code == "release.broken"
+    assert "current.0 points at it" in error.value.message
+    assert (host.releases("chat") / name / "files" / "model.gguf").read_bytes() == MODEL
 
 
 def test_an_interrupted_stage_goes_on_with_what_it_has(host: Paths, web: Web, gateway: Path, keys: Keys) -> None:
