@@ -1,18 +1,17 @@
 """The first start of an instance that has never served: point it at a staged release, start it, wait until it is well.
 
-The undo is written down before the first act. A first start that was cut off (a power cut, a killed job) is undone by
-the next one before it begins.
+The undo is written down before the first act. A first start that was cut off is undone: after a power cut by
+``recover``, at boot, before any instance starts; after a killed job by the next one, before it begins.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from typing import Any
 
-from opsctl.agent import environment, probes, systemd, trust
-from opsctl.agent.durable import point_symlink, remove_durably, write_atomically
+from opsctl.agent import environment, probes, systemd, trust, unfinished
+from opsctl.agent.durable import point_symlink, remove_durably
 from opsctl.agent.paths import Paths
 from opsctl.agent.settings import Placement, read_placement
 from opsctl.agent.state import current_release
@@ -44,26 +43,48 @@ def first_start(paths: Paths, instance: str, release: str, *, run: Run = systemd
         RolledBackError: it did not come up; it is as it was before.
     """
     placement = read_placement(paths, instance)
-    if paths.undo(instance).exists():
-        _undo(paths, placement, run)
-    serving = current_release(paths, placement)
-    if serving:
-        return {"changed": False, "instance": instance, "release": serving}
-    engine, timeout_s = _staged(paths, placement, release)
-    write_atomically(paths.undo(instance), json.dumps({"remove": str(paths.current(
-        placement.service, placement.index))}).encode())
-    try:
-        point_symlink(paths.current(placement.service, placement.index), f"releases/{release}")
-        doing("start")
-        _start_and_wait(placement, engine, release, timeout_s, run, clock, pause)
-    except OpsctlError as error:
-        log = systemd.log_tail(placement.unit, LOG_LINES, run)
-        _undo(paths, placement, run)
-        raise RolledBackError("instance.did_not_start", f"{instance} did not start on {release}: {error.message}",
-                              hint=f"journalctl -u {placement.unit} on the host says more; it has no release again",
-                              log_tail=log) from error
-    remove_durably(paths.undo(instance))
+    with unfinished.held(paths, instance):
+        if paths.undo(instance).exists():
+            _undo(paths, instance, run)
+        serving = current_release(paths, placement)
+        if serving:
+            return {"changed": False, "instance": instance, "release": serving}
+        engine, timeout_s = _staged(paths, placement, release)
+        unfinished.write(paths, instance)
+        try:
+            point_symlink(paths.current(placement.service, placement.index), f"releases/{release}")
+            doing("start")
+            _start_and_wait(placement, engine, release, timeout_s, run, clock, pause)
+        except (OpsctlError, OSError) as error:
+            log = _last_words(placement.unit, run)
+            _undo(paths, instance, run)
+            raise RolledBackError("instance.did_not_start", f"{instance} did not start on {release}: {error}",
+                                  hint=f"journalctl -u {placement.unit} on the host says more; it has no release again",
+                                  log_tail=log) from error
+        remove_durably(paths.undo(instance))
     return {"changed": True, "instance": instance, "release": release}
+
+
+def recover(paths: Paths, *, run: Run = systemd.run) -> dict[str, Any]:
+    """Undoes every first start that ended with an earlier boot; ``{"changed", "undone"}``. Runs before instances do.
+
+    Raises:
+        OpsctlError: a unit that runs would not stop; all other instances were looked after.
+    """
+    undone: list[str] = []
+    failed: list[OpsctlError] = []
+    for instance in unfinished.instances(paths):
+        with unfinished.held(paths, instance, wait=False) as mine:
+            if not mine or not unfinished.of_earlier_boot(paths, instance):
+                continue
+            try:
+                _undo(paths, instance, run)
+                undone.append(instance)
+            except OpsctlError as error:
+                failed.append(error)
+    if failed:
+        raise failed[0]
+    return {"changed": bool(undone), "undone": undone}
 
 
 def _staged(paths: Paths, placement: Placement, release: str) -> tuple[Adapter, float]:
@@ -101,9 +122,24 @@ def _start_and_wait(placement: Placement, engine: Adapter, release: str, timeout
         pause(POLL_S)
 
 
-def _undo(paths: Paths, placement: Placement, run: Run) -> None:
-    """Stops the unit and takes the release away again; the record goes last."""
-    run(["systemctl", "stop", "--", placement.unit], timeout_s=STOP_TIMEOUT_S)
-    run(["systemctl", "reset-failed", "--", placement.unit])
-    remove_durably(paths.current(placement.service, placement.index))
-    remove_durably(paths.undo(placement.instance))
+def _last_words(unit: str, run: Run) -> tuple[str, ...]:
+    """What the unit wrote, if the journal can be read: the undo must not wait for a journal that cannot."""
+    try:
+        return systemd.log_tail(unit, LOG_LINES, run)
+    except OpsctlError as error:
+        return (error.message,)
+
+
+def _undo(paths: Paths, instance: str, run: Run) -> None:
+    """Stops the unit and takes the release away again; the record goes last. Needs no placement: it may have left."""
+    unit = f"inference@{instance}.service"
+    # At boot it waits for us in systemd's queue: nothing is to be stopped, and without a release it will not start.
+    if systemd.show([unit], run)[unit].active != "inactive":
+        done = run(["systemctl", "stop", "--", unit], timeout_s=STOP_TIMEOUT_S)
+        if done.returncode:
+            raise OpsctlError("instance.not_stopped", f"systemctl stop {unit} failed: {done.stderr.strip()}.",
+                              hint=f"systemctl status {unit} on the host; its first start is still to be undone")
+        run(["systemctl", "reset-failed", "--", unit])
+    service, _, index = instance.rpartition(".")
+    remove_durably(paths.current(service, int(index)))
+    remove_durably(paths.undo(instance))

@@ -1,7 +1,8 @@
 """``opsctl-host``: the verbs of one host, for whoever calls over SSH. One JSON document on stdout, also for an error.
 
 Verbs that only look: ``state``, ``stage-status``, ``first-start-status``, ``releases``, ``ledger-show``. On hosts:
-``stage``, ``first-start``. On the gateway: ``release-begin``, ``receive``, ``release-accept``, ``ledger-append``.
+``stage``, ``first-start``, ``recover``. On the gateway: ``release-begin``, ``receive``, ``release-accept``,
+``ledger-append``.
 Exit codes are those of ``opsctl`` itself.
 """
 
@@ -97,6 +98,13 @@ def _first_start(paths: Paths, arguments: Arguments) -> dict[str, Any]:
 
 def _first_start_status(paths: Paths, arguments: Arguments) -> dict[str, Any]:
     return _watch(paths, first_start.job_name(arguments.instance), arguments.wait_s, raising=False)
+
+
+def _recover(paths: Paths, _: Arguments) -> dict[str, Any]:
+    done = first_start.recover(paths)
+    if done["changed"]:
+        audit.record("recover", done)
+    return done
 
 
 def _watch(paths: Paths, name: str, wait_s: float, *, raising: bool = True) -> dict[str, Any]:
@@ -210,6 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     one = verb("first-start-status", _first_start_status, "how far a first start is", acts=False)
     one.add_argument("instance")
     waiting(one, 0)
+    verb("recover", _recover, "undo first starts that a power cut left half done; runs at boot", audited=False)
     release_of(verb("work-stage", _work_stage, "what the unit of stage runs", audited=False))
     one = verb("work-first-start", _work_first_start, "what the unit of first-start runs", audited=False)
     one.add_argument("instance")

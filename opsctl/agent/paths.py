@@ -44,8 +44,17 @@ class Paths:
         return self.root / "var/lib/opsctl"
 
     def undo(self, instance: str) -> Path:
-        """Written before a first start acts, gone when the instance is healthy."""
-        return self.state / "undo" / f"first-start-{instance}.json"
+        """Written before a first start acts, gone when the instance is healthy (``unfinished.py``)."""
+        return self.undos / f"first-start-{instance}.json"
+
+    @property
+    def undos(self) -> Path:
+        return self.state / "undo"
+
+    @property
+    def boot_id(self) -> Path:
+        """The kernel's name for this boot."""
+        return self.root / "proc/sys/kernel/random/boot_id"
 
     def drains(self, instance: str) -> Path:
         return self.state / "drains" / instance

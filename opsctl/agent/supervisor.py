@@ -18,6 +18,7 @@ from opsctl.agent import systemd
 from opsctl.agent.drains import least_weight, read_drains
 from opsctl.agent.paths import Paths
 from opsctl.agent.settings import instance_names, read_settings
+from opsctl.agent.unfinished import of_earlier_boot
 from opsctl.agent.voice import Facts, answer
 from opsctl.errors import OpsctlError
 
@@ -37,7 +38,7 @@ def look(paths: Paths, instance: str, active: str) -> Facts:
     except (OSError, ValueError):
         release = ""
     return Facts(placed=True, release=release, active=active, draining=paths.draining(instance).exists(),
-                 weight=least_weight(read_drains(paths.drains(instance))))
+                 unfinished=of_earlier_boot(paths, instance), weight=least_weight(read_drains(paths.drains(instance))))
 
 
 class Voice:

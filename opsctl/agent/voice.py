@@ -20,6 +20,7 @@ class Facts:
     release: str = ""
     active: str = ""
     draining: bool = False
+    unfinished: bool = False  # its first start ended with an earlier boot: nothing ever saw this release serve
     weight: int = 100  # percent; the least over all owners of drains
 
 
@@ -29,6 +30,8 @@ def answer(facts: Facts) -> str:
         return "down #unknown instance"
     if not facts.release:
         return "down #no release"
+    if facts.unfinished:
+        return "down #unfinished first start"
     if facts.active == "deactivating" or (facts.draining and facts.active in (*ALIVE, "")):
         return "up 0%"
     if facts.active in ALIVE or not facts.active:

@@ -66,6 +66,8 @@ def make_host(root: Path, keys: Keys, port: int = 8100) -> Paths:
     paths.placements.mkdir(parents=True)
     paths.allowed_signers.parent.mkdir(parents=True)
     paths.allowed_signers.write_bytes(keys.allowed_signers.read_bytes())
+    paths.boot_id.parent.mkdir(parents=True)
+    paths.boot_id.write_text("boot-1\n")
     paths.settings.write_text('host = "gpu-1"\nlisten = "127.0.0.1"\nagent_check_port = 9777\n'
                               'gateway_url = "http://127.0.0.1:8480"\n')
     (paths.placements / "chat.0.toml").write_text(

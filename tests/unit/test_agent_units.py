@@ -17,7 +17,7 @@ from release_kit import ENGINE, Keys, Web, build_environment, lay_down, make_hos
 
 from opsctl.agent import host as host_program
 from opsctl.agent import job, launch, systemd
-from opsctl.agent.first_start import first_start
+from opsctl.agent.first_start import first_start, recover
 from opsctl.agent.paths import Paths
 from opsctl.agent.state import state
 from opsctl.errors import OpsctlError, RefusedError, RolledBackError
@@ -139,9 +139,92 @@ def test_the_undo_is_written_before_the_first_act(host: Paths, engine: Web, rele
     assert host.undo("chat.0").exists()
     assert current(host).is_symlink()
     serve(engine, "chat", f"chat@{release}")
-    units = Systemd()
+    units = Systemd({UNIT: "active"})
     assert start(host, release, units)["changed"]  # and not "it has served before"
     assert units.ordered("stop")
+
+
+def cut_off(host: Paths, release: str) -> None:
+    """A first start in the middle of which everything ended."""
+    def power_cut(argv: list[str]) -> None:
+        if argv[1] == "start":
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        start(host, release, Systemd(on=power_cut))
+    assert current(host).is_symlink()
+
+
+def test_after_a_power_cut_the_first_start_is_undone_at_boot(host: Paths, release: str) -> None:
+    cut_off(host, release)
+    host.boot_id.write_text("boot-2\n")
+    units = Systemd()
+    assert recover(host, run=units) == {"changed": True, "undone": ["chat.0"]}
+    assert not current(host).is_symlink()
+    assert not host.undo("chat.0").exists()
+    assert not units.ordered("stop")  # nothing runs yet, and what waits in the queue may wait
+    assert recover(host, run=Systemd()) == {"changed": False, "undone": []}
+
+
+def test_what_runs_already_is_stopped_before_its_release_goes(host: Paths, release: str) -> None:
+    cut_off(host, release)
+    host.boot_id.write_text("boot-2\n")
+    (host.placements / "chat.0.toml").unlink()  # the instance left meanwhile
+    units = Systemd({UNIT: "active"}, on=lambda argv: current(host).readlink() if argv[1] == "stop" else None)
+    assert recover(host, run=units)["changed"]
+    assert units.ordered("stop")
+
+
+def test_a_first_start_of_this_boot_is_left_alone(host: Paths, release: str) -> None:
+    cut_off(host, release)
+    units = Systemd()
+    assert not recover(host, run=units)["changed"]
+    assert current(host).is_symlink()
+    assert units.orders == []
+
+
+def test_a_first_start_that_runs_is_left_alone(host: Paths, engine: Web, release: str) -> None:
+    cut_off(host, release)
+    host.boot_id.write_text("boot-2\n")
+    serve(engine, "chat", f"chat@{release}")
+    recovered: list[dict[str, Any]] = []
+
+    def meanwhile(argv: list[str]) -> None:
+        if argv[1] == "start":
+            host.boot_id.write_text("boot-3\n")
+            recovered.append(recover(host, run=Systemd()))
+    start(host, release, Systemd(on=meanwhile))
+    assert recovered == [{"changed": False, "undone": []}]
+    assert current(host).is_symlink()
+
+
+def test_a_unit_that_does_not_stop_keeps_its_record(host: Paths, release: str) -> None:
+    cut_off(host, release)
+    host.boot_id.write_text("boot-2\n")
+
+    def refuses(argv: Sequence[str], timeout_s: float = 0) -> subprocess.CompletedProcess[str]:
+        done = Systemd({UNIT: "active"})(argv)
+        return subprocess.CompletedProcess(argv, 1, "", "no") if argv[1] == "stop" else done
+    with pytest.raises(OpsctlError) as error:
+        recover(host, run=refuses)
+    assert error.value.code == "instance.not_stopped"
+    assert host.undo("chat.0").exists()
+
+
+def test_a_journal_that_cannot_be_read_keeps_nothing_from_being_undone(host: Paths, release: str) -> None:
+    def ill(argv: list[str]) -> None:
+        if argv[0] == "journalctl":
+            raise OpsctlError("host.systemd", "journalctl could not be run.")
+    units = Systemd(restarts=1, on=ill)
+    with pytest.raises(RolledBackError):
+        start(host, release, units)
+    assert units.ordered("stop")
+    assert not current(host).is_symlink()
+
+
+def test_recovering_is_a_verb(host: Paths, release: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_program, "Paths", lambda: host)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert said(["recover"]) == (0, {"changed": False, "undone": []})
 
 
 def test_a_release_that_is_not_staged(host: Paths) -> None:

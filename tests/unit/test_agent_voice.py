@@ -46,6 +46,8 @@ def host(tmp_path: Path, keys: Keys) -> Paths:
     (Facts(True, "v1", "inactive"), "down #stopped"),
     (Facts(True, "v1", "inactive", draining=True), "down #stopped"),
     (Facts(True, "v1", ""), "up 100%"),
+    (Facts(True, "v1", "active", unfinished=True), "down #unfinished first start"),
+    (Facts(True, "", "active", unfinished=True), "down #no release"),
 ])
 def test_what_is_said(facts: Facts, said: str) -> None:
     assert answer(facts) == said
@@ -145,3 +147,15 @@ def test_systemd_is_asked_in_the_background_and_its_silence_changes_nothing(
     with pytest.raises(asyncio.TimeoutError):
         asyncio.run(voice.poll())
     assert voice.answer("chat.0") == "up 100%"
+
+
+@pytest.mark.parametrize(("record", "said"), [
+    ('{"instance": "chat.0", "boot": "boot-1"}', "up 100%"),  # it is under way
+    ('{"instance": "chat.0", "boot": "boot-0"}', "down #unfinished first start"),
+    ('{"remove": "/srv"}', "down #unfinished first start"),
+    ("", "down #unfinished first start"),
+])
+def test_what_a_power_cut_left_half_done_gets_nothing(host: Paths, record: str, said: str) -> None:
+    host.undos.mkdir(parents=True)
+    host.undo("chat.0").write_text(record)
+    assert known(host, "active").answer("chat.0") == said

@@ -12,6 +12,7 @@ from rendering import render
 
 ENGINE = "templates/inference@.service.j2"
 AGENT = "templates/opsctl-agent.service.j2"
+RECOVER = "templates/opsctl-recover.service.j2"
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not here")
 
 
@@ -25,7 +26,8 @@ def settings(unit: str) -> dict[str, list[str]]:
 
 
 @needs_systemd
-@pytest.mark.parametrize(("template", "name"), [(ENGINE, "inference@chat.0.service"), (AGENT, "opsctl-agent.service")])
+@pytest.mark.parametrize(("template", "name"), [(ENGINE, "inference@chat.0.service"), (AGENT, "opsctl-agent.service"),
+                                               (RECOVER, "opsctl-recover.service")])
 def test_systemd_knows_every_line(template: str, name: str, tmp_path: Path) -> None:
     unit = tmp_path / name
     program = "/bin/true"  # verify wants it to be there
@@ -60,6 +62,15 @@ class TestEngine:
     def test_a_failing_agent_does_not_stop_it(self) -> None:
         assert "opsctl-agent.service" in self.unit["Wants"][0].split()
         assert not {"Requires", "BindsTo", "PartOf"} & self.unit.keys()
+
+    def test_what_a_power_cut_left_is_undone_before_it_starts(self) -> None:
+        assert "opsctl-recover.service" in self.unit["Wants"][0].split()
+        assert "opsctl-recover.service" in self.unit["After"][0].split()
+        recovery = settings(render(RECOVER))
+        assert recovery["Type"] == ["oneshot"]  # who comes after it waits for its end
+        assert recovery["RemainAfterExit"] == ["yes"]
+        assert recovery["WantedBy"] == ["multi-user.target"]
+        assert recovery["ExecStart"] == ["/opt/opsctl/agent/bin/opsctl-host recover"]
 
     def test_it_waits_for_the_disk_with_the_weights(self) -> None:
         assert "/srv/opsctl" in self.unit["RequiresMountsFor"][0].split()
