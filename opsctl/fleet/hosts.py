@@ -119,7 +119,7 @@ def _check_own_addresses(hosts: Sequence[Host], inventory: Path) -> None:
 
 
 def _check_jumps(hosts: Sequence[Host], inventory: Path) -> None:
-    """Refuses a jump over a local host, over itself, or in a circle."""
+    """Refuses a jump over a local host, over itself, in a circle, or to a known host by another user or port."""
     by_name = {host.name: host for host in hosts}
 
     def follow(host: Host, above: tuple[str, ...]) -> None:
@@ -127,6 +127,11 @@ def _check_jumps(hosts: Sequence[Host], inventory: Path) -> None:
             if hop in above:
                 raise ConfigurationError("inventory.jump_circle", f"{inventory}: proxy_jump goes in a circle: "
                                          f"{' -> '.join((*above, hop))}.", hint="one of them must be reached directly")
+            place = hop.rpartition("@")[2].partition(":")[0]
+            if place in by_name and hop != place:
+                raise _wrong(host.name, "proxy_jump", hop, inventory,
+                             "names a host of this inventory, which has its user and port there",
+                             f"proxy_jump={place}")
             if hop in by_name:
                 if by_name[hop].connection == "local":
                     raise _wrong(host.name, "proxy_jump", hop, inventory, "is this machine itself", "no proxy_jump")
