@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from opsctl.agent import audit, first_start, gateway, job, stage
-from opsctl.agent.manifest import FOLDER, SERVICE, split_directory_name
+from opsctl.agent.manifest import FOLDER, SERVICE
 from opsctl.agent.paths import Paths
 from opsctl.agent.settings import read_settings
 from opsctl.agent.state import agent_version, state
@@ -76,28 +76,39 @@ def _state(paths: Paths, _: Arguments) -> dict[str, Any]:
 
 
 def _stage(paths: Paths, arguments: Arguments) -> dict[str, Any]:
-    version, _ = split_directory_name(arguments.release)
     read_settings(paths)
-    name = stage.job_name(arguments.service, version)
+    name, verb = _stage_job(arguments)
     if stage.is_staged(paths, arguments.service, arguments.release):
         return {"state": "done", "result": {"changed": False, "release": arguments.release}}
-    job.start(paths, name, ["work-stage", "--service", arguments.service, "--release", arguments.release])
-    return _watch(paths, name, arguments.wait_s)
+    job.start(paths, name, verb)
+    return _watch(paths, name, verb, arguments.wait_s)
 
 
 def _stage_status(paths: Paths, arguments: Arguments) -> dict[str, Any]:
-    version, _ = split_directory_name(arguments.release)
-    return _watch(paths, stage.job_name(arguments.service, version), arguments.wait_s, raising=False)
+    return _watch(paths, *_stage_job(arguments), arguments.wait_s, raising=False)
+
+
+def _stage_job(arguments: Arguments) -> tuple[str, list[str]]:
+    """The job's name and what its unit runs."""
+    return stage.job_name(arguments.service, arguments.release), [
+        "work-stage", "--service", arguments.service, "--release", arguments.release]
 
 
 def _first_start(paths: Paths, arguments: Arguments) -> dict[str, Any]:
-    name = first_start.job_name(arguments.instance)
-    job.start(paths, name, ["work-first-start", arguments.instance, "--release", arguments.release])
-    return _watch(paths, name, arguments.wait_s)
+    name, verb = _first_start_job(arguments)
+    job.start(paths, name, verb)
+    return _watch(paths, name, verb, arguments.wait_s)
 
 
 def _first_start_status(paths: Paths, arguments: Arguments) -> dict[str, Any]:
-    return _watch(paths, first_start.job_name(arguments.instance), arguments.wait_s, raising=False)
+    name, verb = _first_start_job(arguments)
+    return _watch(paths, name, verb if arguments.release else None, arguments.wait_s, raising=False)
+
+
+def _first_start_job(arguments: Arguments) -> tuple[str, list[str]]:
+    """As ``_stage_job``; one job an instance, whatever the release."""
+    return first_start.job_name(arguments.instance), [
+        "work-first-start", arguments.instance, "--release", arguments.release]
 
 
 def _recover(paths: Paths, _: Arguments) -> dict[str, Any]:
@@ -107,9 +118,10 @@ def _recover(paths: Paths, _: Arguments) -> dict[str, Any]:
     return done
 
 
-def _watch(paths: Paths, name: str, wait_s: float, *, raising: bool = True) -> dict[str, Any]:
+def _watch(paths: Paths, name: str, verb: Sequence[str] | None, wait_s: float, *, raising: bool = True
+           ) -> dict[str, Any]:
     """Waits for a job; progress as NDJSON on stderr, so that stdout stays one document."""
-    status = job.wait(paths, name, wait_s, lambda now: _progress(now) if raising and wait_s > 0 else None)
+    status = job.wait(paths, name, verb, wait_s, lambda now: _progress(now) if raising and wait_s > 0 else None)
     if raising and status["state"] == "failed":
         raise error_from(status["error"])
     return status
@@ -127,9 +139,10 @@ def error_from(document: dict[str, Any]) -> OpsctlError:
     return error
 
 
-def _work(name: str, paths: Paths, work: Callable[[job.Reporter], dict[str, Any]]) -> dict[str, Any]:
+def _work(name: str, verb: Sequence[str], paths: Paths, work: Callable[[job.Reporter], dict[str, Any]]
+          ) -> dict[str, Any]:
     """Runs inside the job's unit: every end is written down."""
-    reporter = job.Reporter(paths, name)
+    reporter = job.Reporter(paths, name, verb)
     try:
         result = work(reporter)
     except OpsctlError as error:
@@ -147,14 +160,13 @@ def _work(name: str, paths: Paths, work: Callable[[job.Reporter], dict[str, Any]
 
 
 def _work_stage(paths: Paths, arguments: Arguments) -> dict[str, Any]:
-    version, _ = split_directory_name(arguments.release)
-    return _work(stage.job_name(arguments.service, version), paths, lambda reporter: stage.stage(
+    return _work(*_stage_job(arguments), paths, lambda reporter: stage.stage(
         paths, read_settings(paths).gateway_url, arguments.service, arguments.release, report=reporter.progress,
         doing=reporter.doing))
 
 
 def _work_first_start(paths: Paths, arguments: Arguments) -> dict[str, Any]:
-    return _work(first_start.job_name(arguments.instance), paths, lambda reporter: first_start.first_start(
+    return _work(*_first_start_job(arguments), paths, lambda reporter: first_start.first_start(
         paths, arguments.instance, arguments.release, doing=reporter.doing))
 
 
@@ -217,6 +229,8 @@ def _parser() -> argparse.ArgumentParser:
     waiting(one, FOR_EVER_S)
     one = verb("first-start-status", _first_start_status, "how far a first start is", acts=False)
     one.add_argument("instance")
+    one.add_argument("--release", type=_folder, metavar="VERSION-DIGEST12",
+                     help="exit 4 when the first start is on another release")
     waiting(one, 0)
     verb("recover", _recover, "undo first starts that a power cut left half done; runs at boot", audited=False)
     release_of(verb("work-stage", _work_stage, "what the unit of stage runs", audited=False))

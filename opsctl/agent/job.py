@@ -2,6 +2,9 @@
 
 ``start`` runs ``opsctl-host`` again inside the unit; the worker keeps a status file under ``/run/opsctl/jobs``; anybody
 may look at it, at any time. Nothing is piped: a pipe dies with its reader, and so would the work.
+
+A job is its name and its verb. One name runs one verb at a time; who wants another one waits, and nobody gets the
+result of another verb for that of his own.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from opsctl.agent import systemd
 from opsctl.agent.durable import locked, make_directory, write_atomically
 from opsctl.agent.paths import Paths
 from opsctl.agent.systemd import Run
-from opsctl.errors import OpsctlError
+from opsctl.errors import LockedError, OpsctlError
 
 POLL_S = 0.2
 SCHEMA = "opsctl.job/v1"
@@ -28,9 +31,14 @@ def worker_arguments(verb: Sequence[str]) -> list[str]:
     return [sys.executable, "-I", "-m", "opsctl.agent.host", *verb]
 
 
+def description(verb: Sequence[str]) -> str:
+    """What the unit is called; systemd keeps it for as long as the unit runs, so it says which verb that is."""
+    return f"opsctl {' '.join(verb)}"
+
+
 def run_arguments(name: str, verb: Sequence[str]) -> list[str]:
     """A unit that stays for as long as it works, and leaves its name free even when it fails."""
-    return ["systemd-run", "--quiet", "--collect", f"--unit={name}.service", f"--description=opsctl {' '.join(verb)}",
+    return ["systemd-run", "--quiet", "--collect", f"--unit={name}.service", f"--description={description(verb)}",
             "--service-type=exec", "--property=UMask=0022", "--property=Nice=10", "--", *worker_arguments(verb)]
 
 
@@ -38,11 +46,15 @@ def start(paths: Paths, name: str, verb: Sequence[str], run: Run = systemd.run) 
     """Starts the job ``name``, or finds it running; True when it was started now.
 
     Raises:
+        LockedError: it runs for another verb.
         OpsctlError: systemd would not.
     """
     make_directory(paths.jobs)
     with locked(paths.jobs / f"{name}.lock"):
-        if _unit(name, run).busy:
+        unit = _unit(name, run)
+        if unit.busy:
+            if unit.description != description(verb):
+                raise _other(name, unit.description)
             return False
         _status_file(paths, name).unlink(missing_ok=True)
         done = run(run_arguments(name, verb))
@@ -67,14 +79,22 @@ def look(paths: Paths, name: str, run: Run = systemd.run) -> dict[str, Any]:
     return status
 
 
-def wait(paths: Paths, name: str, timeout_s: float, heard: Callable[[dict[str, Any]], None],
-         run: Run = systemd.run, clock: Callable[[], float] = time.monotonic,
+def wait(paths: Paths, name: str, verb: Sequence[str] | None, timeout_s: float,
+         heard: Callable[[dict[str, Any]], None], run: Run = systemd.run, clock: Callable[[], float] = time.monotonic,
          pause: Callable[[float], None] = time.sleep) -> dict[str, Any]:
-    """Watches until the job is no longer running or ``timeout_s`` is over; ``heard`` gets every change."""
+    """Watches until the job is no longer running or ``timeout_s`` is over; ``heard`` gets every change.
+
+    ``verb``: only this one's status; None: whichever the job ran last.
+
+    Raises:
+        LockedError: the job runs, or ran, another verb.
+    """
     deadline = clock() + timeout_s
     last: dict[str, Any] = {}
     while True:
         status = look(paths, name, run)
+        if verb is not None and status["verb"] not in ([], list(verb)):
+            raise _other(name, description(status["verb"]))
         if status != last:
             heard(status)
             last = status
@@ -86,9 +106,9 @@ def wait(paths: Paths, name: str, timeout_s: float, heard: Callable[[dict[str, A
 class Reporter:
     """The worker's end: writes the status file."""
 
-    def __init__(self, paths: Paths, name: str) -> None:
+    def __init__(self, paths: Paths, name: str, verb: Sequence[str] = ()) -> None:
         self._path = _status_file(paths, name)
-        self._status = _document(name)
+        self._status = {**_document(name), "verb": list(verb)}
         make_directory(paths.jobs)
         self._write()
 
@@ -114,7 +134,13 @@ class Reporter:
 
 
 def _document(name: str) -> dict[str, Any]:
-    return {"schema": SCHEMA, "job": name, "state": "running", "phase": "", "done": 0, "total": 0}
+    return {"schema": SCHEMA, "job": name, "verb": [], "state": "running", "phase": "", "done": 0,
+            "total": 0}
+
+
+def _other(name: str, what: str) -> LockedError:
+    return LockedError("job.other", f"{name} is taken: it is the job of {what!r}.",
+                       hint=f"journalctl -u {name} shows how far that is; when it has ended, the same again")
 
 
 def _status_file(paths: Paths, name: str) -> Path:
@@ -126,7 +152,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         status: dict[str, Any] = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    return status
+    return {"verb": [], **status}
 
 
 def _unit(name: str, run: Run) -> systemd.Unit:

@@ -47,8 +47,9 @@ class Plan:
     fetch_bytes: int
 
 
-def job_name(service: str, version: str) -> str:
-    return f"opsctl-stage-{service}-{version}"
+def job_name(service: str, name: str) -> str:
+    """Of the release in folder ``name``. Neither part can hold the underscore, so no two releases share a job."""
+    return f"opsctl-stage-{service}_{name}"
 
 
 def is_staged(paths: Paths, service: str, name: str) -> bool:

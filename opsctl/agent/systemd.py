@@ -11,7 +11,8 @@ from opsctl.errors import OpsctlError
 
 TIMEOUT_S = 30.0
 ENVIRONMENT = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
-PROPERTIES = ("Id", "LoadState", "ActiveState", "SubState", "NRestarts", "ActiveEnterTimestamp", "InvocationID")
+PROPERTIES = ("Id", "LoadState", "ActiveState", "SubState", "NRestarts", "ActiveEnterTimestamp", "InvocationID",
+              "Description")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Unit:
     restarts: int = 0
     since: str = ""
     invocation: str = ""
+    description: str = ""
 
     @property
     def busy(self) -> bool:
@@ -59,7 +61,8 @@ def parse_show(text: str, units: Sequence[str]) -> dict[str, Unit]:
         restarts = values.get("NRestarts", "0")
         found[name] = Unit(name, values.get("LoadState", ""), values.get("ActiveState", ""), values.get("SubState", ""),
                            int(restarts) if restarts.isdigit() else 0,
-                           _iso(values.get("ActiveEnterTimestamp", "")), values.get("InvocationID", ""))
+                           _iso(values.get("ActiveEnterTimestamp", "")), values.get("InvocationID", ""),
+                           values.get("Description", ""))
     return found
 
 

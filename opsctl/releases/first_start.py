@@ -155,8 +155,8 @@ def _host(session: Session, want: Wanted, emit: Emit) -> HostResult:
         emit(TaskResult(host, f"stage {want.service} {want.version}", "changed"))
     for instance in plan.start:
         try:
-            _watched(session, ["first-start", instance, "--release", want.release], ["first-start-status", instance],
-                     f"start {instance}", emit)
+            where = [instance, "--release", want.release]
+            _watched(session, ["first-start", *where], ["first-start-status", *where], f"start {instance}", emit)
         except RolledBackError as error:
             result.errors.append(error)
             emit(TaskResult(host, f"first start of {instance}", "failed", error.message, error.log_tail))

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ import pytest
 from release_kit import ENGINE, Keys, Web, build_environment, lay_down, make_host, make_keys, serving
 
 from opsctl.agent import host as host_program
-from opsctl.agent import job, launch, systemd
+from opsctl.agent import job, launch, stage, systemd
 from opsctl.agent.first_start import first_start, recover
 from opsctl.agent.paths import Paths
 from opsctl.agent.state import state
-from opsctl.errors import OpsctlError, RefusedError, RolledBackError
+from opsctl.errors import LockedError, OpsctlError, RefusedError, RolledBackError
 
 UNIT = "inference@chat.0.service"
 
@@ -31,6 +32,7 @@ class Systemd:
 
     units: dict[str, str] = field(default_factory=dict)
     restarts: int = 0
+    about: dict[str, str] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
     orders: list[list[str]] = field(default_factory=list)
     on: Callable[[list[str]], None] = lambda _: None
@@ -41,11 +43,15 @@ class Systemd:
         if argv[:2] == ["systemctl", "show"]:
             text = "\n\n".join(
                 f"Id={unit}\nLoadState=loaded\nActiveState={self.units.get(unit, 'inactive')}\nSubState=running\n"
-                f"NRestarts={self.restarts}\nActiveEnterTimestamp=n/a" for unit in argv[argv.index("--") + 1:])
+                f"NRestarts={self.restarts}\nActiveEnterTimestamp=n/a\n"
+                f"Description={self.about.get(unit, '')}" for unit in argv[argv.index("--") + 1:])
         elif argv[:2] == ["systemctl", "start"]:
             self.units[argv[-1]] = "active"
         elif argv[:2] == ["systemctl", "stop"]:
             self.units[argv[-1]] = "inactive"
+        elif argv[0] == "systemd-run":
+            given = dict(word.partition("=")[::2] for word in argv if word.startswith("--"))
+            self.units[given["--unit"]], self.about[given["--unit"]] = "active", given["--description"]
         elif argv[0] == "journalctl":
             text = "\n".join(self.log)
         self.on(list(argv))
@@ -300,7 +306,6 @@ def test_a_job_runs_as_a_unit_and_is_found_again(host: Paths) -> None:
     (order,) = [argv for argv in units.orders if argv[0] == "systemd-run"]
     assert "--unit=opsctl-stage-chat-v1.service" in order
     assert order[-1] == "work-stage"
-    units.units["opsctl-stage-chat-v1.service"] = "active"
     assert not job.start(host, "opsctl-stage-chat-v1", ["work-stage"], units)
     reporter = job.Reporter(host, "opsctl-stage-chat-v1")
     reporter.doing("fetch")
@@ -309,6 +314,58 @@ def test_a_job_runs_as_a_unit_and_is_found_again(host: Paths) -> None:
     reporter.finished({"changed": True})
     units.units.clear()
     assert job.look(host, "opsctl-stage-chat-v1", units)["result"] == {"changed": True}
+
+
+def first_start_verb(release: str) -> list[str]:
+    return ["work-first-start", "chat.0", "--release", release]
+
+
+V1, V2 = "v1-000000000000", "v2-000000000000"
+
+
+def test_a_job_that_runs_for_another_release_is_named_and_not_joined(host: Paths) -> None:
+    units = Systemd()
+    job.start(host, "j", first_start_verb(V1), units)
+    with pytest.raises(LockedError) as error:
+        job.start(host, "j", first_start_verb(V2), units)
+    assert V1 in error.value.message
+    assert int(error.value.exit_code) == 4
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_nobody_gets_the_result_of_another_release(host: Paths, ended: bool) -> None:
+    units = Systemd()
+    job.start(host, "j", first_start_verb(V1), units)
+    reporter = job.Reporter(host, "j", first_start_verb(V1))
+    if ended:
+        reporter.finished({"changed": True})
+        units.units.clear()
+    with pytest.raises(LockedError, match=V1):
+        job.wait(host, "j", first_start_verb(V2), 0.0, lambda _: None, units)
+    assert job.wait(host, "j", first_start_verb(V1), 0.0, lambda _: None, units)["state"] == (
+        "done" if ended else "running")
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    (("chat", "x-v1-000000000000"), ("chat-x", "v1-000000000000")),
+    (("chat", "v1-000000000000"), ("chat", "v1-000000000001")),
+])
+def test_no_two_releases_share_a_stage(one: tuple[str, str], other: tuple[str, str]) -> None:
+    assert stage.job_name(*one) != stage.job_name(*other)
+
+
+def test_a_first_start_beside_another_one_ends_with_locked(host: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    units = Systemd()
+    monkeypatch.setattr(host_program, "Paths", lambda: host)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    for name in ("start", "look"):
+        monkeypatch.setattr(job, name, partial(getattr(job, name), run=units))
+    monkeypatch.setattr(job, "wait", lambda *given: {"state": "running", "given": given[2]})
+    assert said(["first-start", "chat.0", "--release", V1, "--wait-s", "0"])[0] == 0
+    code, document = said(["first-start", "chat.0", "--release", V2, "--wait-s", "0"])
+    assert (code, document["error"]["code"]) == (4, "job.other")
+    assert said(["first-start-status", "chat.0"])[1]["given"] is None
+    assert said(["first-start-status", "chat.0", "--release", V2])[1]["given"] == first_start_verb(V2)
 
 
 def test_a_job_that_died_is_told_with_its_log(host: Paths) -> None:
@@ -326,7 +383,8 @@ def test_a_job_that_never_was(host: Paths) -> None:
 def test_watching_ends_when_time_is_over_and_the_job_goes_on(host: Paths) -> None:
     units = Systemd({"j.service": "active"})
     clock = iter(range(100))
-    status = job.wait(host, "j", 3.0, lambda _: None, units, clock=lambda: float(next(clock)), pause=lambda _: None)
+    status = job.wait(host, "j", None, 3.0, lambda _: None, units, clock=lambda: float(next(clock)),
+                      pause=lambda _: None)
     assert status["state"] == "running"
 
 
