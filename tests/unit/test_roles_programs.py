@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.util
+import os
 import shutil
 import socket
 import subprocess
@@ -148,6 +149,14 @@ class TestHaproxyState:
         self.state.hand_over("start", tmp_path / "state", admin)  # it crashed after that start
         assert "gpu-1.chat.0" not in (tmp_path / "state").read_text()
 
+    def test_that_it_was_believed_outlives_a_power_cut(self, tmp_path: Path, admin: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+        self.state.hand_over("stop", tmp_path / "state", admin)
+        lasting: list[set[str]] = []
+        monkeypatch.setattr(os, "fsync", lambda file: lasting.append(set(os.listdir(f"/proc/self/fd/{file}"))))
+        self.state.hand_over("start", tmp_path / "state", admin)
+        assert lasting[-1:] == [{"admin.sock", "state"}]
+
     def test_a_state_from_before_a_crash_is_thrown_away(self, tmp_path: Path, admin: Path) -> None:
         self.state.hand_over("save", tmp_path / "state", admin)
         self.state.hand_over("start", tmp_path / "state", admin)
@@ -166,7 +175,8 @@ class TestHaproxyState:
         assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.skipif(not Path("/usr/sbin/nginx").exists(), reason="nginx is not on this machine")
+@pytest.mark.skipif(not Path("/usr/sbin/nginx").exists() or os.geteuid() != 0,
+                    reason="nginx is not on this machine, or may not open its own logs: it needs root")
 class TestNginx:
     check = resource("roles") / "gateway" / "files" / "nginx_check.py"
 
@@ -178,6 +188,10 @@ class TestNginx:
         piece.write_text(render("roles/gateway/templates/nginx.conf.j2", gateway_addresses=["127.0.0.1", "::1"],
                                 gateway_port=18480))
         assert self.accepted(piece)
+
+    def test_what_is_on_its_way_to_the_gateway_is_not_served(self) -> None:
+        text = render("roles/gateway/templates/nginx.conf.j2", gateway_addresses=["127.0.0.1"], gateway_port=18480)
+        assert "location ~ /\\. {\n        return 404;" in text  # a regular expression goes before every prefix
 
     def test_a_broken_piece_is_refused(self, tmp_path: Path) -> None:
         piece = tmp_path / "opsctl.conf"
