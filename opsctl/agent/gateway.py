@@ -130,7 +130,7 @@ def accept(paths: Paths, service: str, release: str) -> dict[str, Any]:
             if not (incoming / manifests.FILES / entry.path).is_file():
                 raise RefusedError("gateway.incomplete", f"{release}: {entry.path} is not all here.",
                                    hint="the same command again sends the rest")
-        sweep(incoming / manifests.FILES, signed)
+        sweep(incoming, signed)
         verify_files(incoming, signed.release)
         sync_tree(incoming)
         make_read_only(incoming)

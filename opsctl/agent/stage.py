@@ -102,7 +102,7 @@ def stage(
             plan = link_what_holds(plan, staging / manifests.FILES, meter)
             check_space(plan, free(releases), name)
             _fetch(plan, base, staging / manifests.FILES, meter)
-            sweep(staging / manifests.FILES, signed)
+            sweep(staging, signed)
         doing("environment")
         built = environment.build(paths, signed.release.engine, f"{gateway_url}/wheels/")
         brought = not target.is_dir()
@@ -185,10 +185,11 @@ def link_verified(source: Path, path: Path, entry: ReleaseFile, meter: Meter) ->
     temporary.replace(path)
 
 
-def sweep(files: Path, signed: Signed) -> None:
-    """Removes what earlier tries left and nobody signed."""
-    wanted = {files / entry.path for entry in signed.release.files}
-    for folder, _, names in os.walk(files):
+def sweep(directory: Path, signed: Signed) -> None:
+    """Removes what earlier tries left in a release on its way and nobody signed."""
+    wanted = {directory / manifests.MANIFEST, directory / manifests.SIGNATURE,
+              *(directory / manifests.FILES / entry.path for entry in signed.release.files)}
+    for folder, _, names in os.walk(directory):
         for name in names:
             if Path(folder, name) not in wanted:
                 Path(folder, name).unlink()

@@ -82,6 +82,16 @@ def test_what_does_not_fit_is_refused_before_a_byte_is_sent(host: Paths, keys: K
     assert begin(host, second, free_bytes=lambda _: 0)["needed"] == []  # linked: it needs nothing
 
 
+def test_what_a_killed_sender_left_does_not_stand_in_the_way(host: Paths, keys: Keys, tmp_path: Path) -> None:
+    directory = lay_down(tmp_path, {"model.gguf": MODEL}, keys.private)
+    begin(host, directory)
+    incoming = host.gateway_releases / "chat" / ".incoming" / directory.name
+    (incoming / ".manifest.json.x1y2z3").write_bytes(b"{")  # killed between writing and renaming
+    assert send(host, directory)["changed"]
+    there = host.gateway_releases / "chat" / directory.name
+    assert {path.name for path in there.iterdir()} == {"manifest.json", "manifest.json.sig", "files"}
+
+
 def test_a_release_with_the_same_weights_moves_no_byte(host: Paths, keys: Keys, tmp_path: Path) -> None:
     send(host, lay_down(tmp_path, {"model.gguf": MODEL}, keys.private, "v1"))
     second = lay_down(tmp_path, {"model.gguf": MODEL}, keys.private, "v1.1", max_model_len=65536)
