@@ -153,7 +153,8 @@ class TestHaproxyState:
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
         self.state.hand_over("stop", tmp_path / "state", admin)
         lasting: list[set[str]] = []
-        monkeypatch.setattr(os, "fsync", lambda file: lasting.append(set(os.listdir(f"/proc/self/fd/{file}"))))
+        monkeypatch.setattr(os, "fsync", lambda file: lasting.append(
+            {path.name for path in Path(f"/proc/self/fd/{file}").iterdir()}))
         self.state.hand_over("start", tmp_path / "state", admin)
         assert lasting[-1:] == [{"admin.sock", "state"}]
 

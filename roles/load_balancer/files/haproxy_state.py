@@ -48,7 +48,12 @@ def write(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    directory = os.open(path.parent, os.O_DIRECTORY)
+    sync(path.parent)
+
+
+def sync(folder: Path) -> None:
+    """Makes names that came and went in ``folder`` last."""
+    directory = os.open(folder, os.O_DIRECTORY)
     try:
         os.fsync(directory)
     finally:
@@ -60,7 +65,9 @@ def hand_over(act: str, state: Path, admin: Path) -> None:
     if act == "start":
         if not orderly.exists():
             write(state, NOTHING)
-        orderly.unlink(missing_ok=True)
+            return
+        orderly.unlink()
+        sync(orderly.parent)  # or a power cut brings the mark back, and with it a state that is old by then
         return
     write(state, ask(admin))
     if act == "stop":
