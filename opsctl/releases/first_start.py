@@ -27,6 +27,9 @@ from opsctl.releases.remote import ask, error_of, has_agent
 from opsctl.releases.store import find, folders_of, releases_of, reporting, verify_release
 
 WATCH_S = 2.0
+RETRY_S = (1.0, 3.0, 10.0, 30.0)  # a switch that restarts is back within a minute
+OUT_OF_REACH = ("host.connection_lost", "host.timed_out", "host.unreachable")
+pause = time.sleep
 
 
 @dataclass(frozen=True)
@@ -182,13 +185,13 @@ def _row(host: str, instance: str, release: str, state: str) -> dict[str, str]:
 
 
 def _watched(session: Session, begin: list[str], look: list[str], subject: str, emit: Emit) -> dict[str, Any]:
-    """Starts a job on the host and watches it by short questions, so that a broken connection breaks nothing."""
+    """Starts a job on the host and watches it by short questions; a broken connection is made anew a few times."""
     host = session.host.name
     status = ask(session, [*begin, "--wait-s", "0"], host=host)
     report = reporting(emit, subject, host)
     began = time.monotonic()
     while status["state"] == "running":
-        status = ask(session, [*look, "--wait-s", str(WATCH_S)], host=host)
+        status = _look(session, [*look, "--wait-s", str(WATCH_S)])
         if status["total"] and status["phase"] == "fetch":
             report(status["done"], status["total"])
         elif status["state"] == "running":
@@ -200,6 +203,18 @@ def _watched(session: Session, begin: list[str], look: list[str], subject: str, 
         raise OpsctlError("job.lost", f"{host}: {subject} left no result.", hint="run the same command again")
     result: dict[str, Any] = status["result"]
     return result
+
+
+def _look(session: Session, verb: list[str]) -> dict[str, Any]:
+    """Asks until the host can be heard: the job there goes on meanwhile, and to ask changes nothing."""
+    for wait_s in RETRY_S:
+        try:
+            return ask(session, verb, host=session.host.name)
+        except OpsctlError as error:
+            if error.code not in OUT_OF_REACH:
+                raise
+        pause(wait_s)
+    return ask(session, verb, host=session.host.name)
 
 
 def _wanted(fleet: Fleet, session: Session | None, gateway: Host, service: Service, bundle: Path) -> Wanted | None:

@@ -245,11 +245,16 @@ class Gpu(Machine):
     release: str = ""
     staged: bool = False
     fails: str = ""
+    breaks: int = 0
+    breaks_with: str = ""
 
     def send(self, argv: Sequence[str], chunks: Iterable[bytes], *, sudo: bool = True, timeout_s: float = 30.0
              ) -> Completed:
         verb = argv[1]
         self.verbs.append(verb)
+        if verb == "stage-status" and self.breaks:
+            self.breaks -= 1
+            raise OpsctlError(self.breaks_with, "gpu-1: the connection broke.")
         if verb == self.fails:
             error = {"code": "instance.did_not_start", "message": "boom.", "hint": "look", "log_tail": ["last line"]}
             return Completed(6, json.dumps({"error": error, "exit_code": 6}), "")
@@ -305,6 +310,25 @@ def test_one_host_that_fails_keeps_no_other_from_starting(fleet: Fleet, machines
     assert machines["gpu-2"].release == "v1"
     assert error.value.log_tail == ("last line",)
     assert any(isinstance(event, TaskResult) and (event.host, event.status) == ("gpu-1", "failed") for event in seen)
+
+
+@pytest.mark.parametrize(("times", "code", "heard"), [
+    (3, "host.connection_lost", True), (1, "host.timed_out", True), (4, "host.unreachable", True),
+    (99, "host.connection_lost", False), (1, "host.foreign_key", False)])
+def test_a_connection_that_breaks_while_a_job_is_watched(
+        fleet: Fleet, machines: dict[str, Any], monkeypatch: pytest.MonkeyPatch, times: int, code: str, heard: bool
+        ) -> None:
+    pauses: list[float] = []
+    machines["gpu-1"].breaks, machines["gpu-1"].breaks_with = times, code
+    monkeypatch.setattr(first_start, "pause", pauses.append)
+    if heard:
+        assert len(bring_up(fleet, discard)["instances"]) == 2
+        assert len(pauses) == times
+    else:
+        with pytest.raises(OpsctlError) as error:
+            bring_up(fleet, discard)
+        assert error.value.code == code
+        assert len(pauses) <= 4
 
 
 def test_all_that_fail_leave_the_fleet_as_it_was(fleet: Fleet, machines: dict[str, Any]) -> None:
