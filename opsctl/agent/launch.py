@@ -1,8 +1,9 @@
 """``opsctl-launch chat.0``: joins the release and the placement of an instance into one command, and becomes it.
 
 Runs as ExecStart of ``inference@``. It checks the signature and the manifest at every start, not the files' hashes
-(that took place at ``stage``; weights are hundreds of gigabytes). A unit should not be started again on exit codes 3
-(wrong configuration) and 5 (refused: unsigned, tampered, not staged).
+(that took place at ``stage``; weights are hundreds of gigabytes). The unit is not started again on its two exit codes
+of refusal. They are none of opsctl's, for after the exec the unit's exit code is the engine's, and an engine that
+crashes with 3 or 5 must be started again; 96 and 97 lie above sysexits.h (64-78) and below the shell's and systemd's.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from opsctl.agent import manifest as manifests
 from opsctl.agent.paths import Paths
 from opsctl.agent.settings import read_placement
 from opsctl.agent.state import current_release
-from opsctl.errors import ExitCode, OpsctlError, RefusedError
+from opsctl.errors import ConfigurationError, ExitCode, OpsctlError, RefusedError
 from opsctl.serving import adapter
 from opsctl.serving.adapter import Command, Launch
+
+EXIT_WRONG = 96  # configuration: placement, trust, the engine's name
+EXIT_REFUSED = 97  # the release: unsigned, tampered, not staged
 
 
 def prepare(paths: Paths, instance: str) -> Command:
@@ -58,18 +62,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(arguments) != 1:
         sys.stderr.write("usage: opsctl-launch INSTANCE\n")
         return int(ExitCode.USAGE)
+    program = "the engine"
     try:
         command = prepare(Paths(), arguments[0])
+        program = command.argv[0]
         runtime = os.environ.get("RUNTIME_DIRECTORY")
         if runtime:  # a mark of the process before this one would keep the new one out of rotation
             Path(runtime, "draining").unlink(missing_ok=True)
         os.execve(command.argv[0], command.argv, {**os.environ, **command.environment})  # noqa: S606 - that is the job
     except OpsctlError as error:
         sys.stderr.write(f"{error.message} [{error.code}] {error.hint}\n")
-        return int(error.exit_code)
+        return exit_code(error)
     except OSError as error:
-        sys.stderr.write(f"{command.argv[0]} could not be executed: {error}\n")
+        sys.stderr.write(f"{program} could not be executed: {error}\n")
         return int(ExitCode.UNEXPECTED)
+
+
+def exit_code(error: OpsctlError) -> int:
+    """What systemd is told; what is no refusal may be better in ten seconds."""
+    if isinstance(error, ConfigurationError):
+        return EXIT_WRONG
+    return EXIT_REFUSED if isinstance(error, RefusedError) else int(ExitCode.UNEXPECTED)
 
 
 if __name__ == "__main__":

@@ -253,20 +253,28 @@ def test_release_and_placement_become_one_command(host: Paths, release: str) -> 
 
 
 @pytest.mark.parametrize(("harm", "code", "exit_code"), [
-    (lambda host, release: current(host).unlink(), "instance.no_release", 5),
-    (lambda host, release: (host.releases("chat") / release / "manifest.json.sig").unlink(), "release.unsigned", 5),
-    (lambda host, release: host.allowed_signers.unlink(), "trust.missing", 3),
-    (lambda host, release: (host.placements / "chat.0.toml").write_text("instance = 'chat.1'\n"), "host.bad_file", 3),
-    (lambda host, release: (host.placements / "chat.0.toml").unlink(), "instance.unknown", 3),
-    (lambda host, release: (host.engines / ENGINE.directory / ".complete").unlink(), "engine.not_built", 5),
+    (lambda host, release: current(host).unlink(), "instance.no_release", 97),
+    (lambda host, release: (host.releases("chat") / release / "manifest.json.sig").unlink(), "release.unsigned", 97),
+    (lambda host, release: host.allowed_signers.unlink(), "trust.missing", 96),
+    (lambda host, release: (host.placements / "chat.0.toml").write_text("instance = 'chat.1'\n"), "host.bad_file", 96),
+    (lambda host, release: (host.placements / "chat.0.toml").unlink(), "instance.unknown", 96),
+    (lambda host, release: (host.engines / ENGINE.directory / ".complete").unlink(), "engine.not_built", 97),
 ])
 def test_what_may_not_run_does_not(host: Paths, release: str, harm: Callable[[Paths, str], None], code: str,
-                                   exit_code: int) -> None:
+                                   exit_code: int, monkeypatch: pytest.MonkeyPatch,
+                                   capsys: pytest.CaptureFixture[str]) -> None:
     current(host).symlink_to(f"releases/{release}")
     harm(host, release)
-    with pytest.raises(OpsctlError) as error:
-        launch.prepare(host, "chat.0")
-    assert (error.value.code, int(error.value.exit_code)) == (code, exit_code)
+    monkeypatch.setattr(launch, "Paths", lambda: host)
+    assert launch.main(["chat.0"]) == exit_code
+    assert f"[{code}]" in capsys.readouterr().err
+
+
+def test_a_disk_that_cannot_be_read_is_tried_again(host: Paths, release: str, monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(launch, "read_placement", failing(OSError(errno.EIO, "Input/output error")))
+    assert launch.main(["chat.0"]) == 1
+    assert "Input/output error" in capsys.readouterr().err
 
 
 # opsctl-host state

@@ -76,9 +76,12 @@ class TestEngine:
         assert "/srv/opsctl" in self.unit["RequiresMountsFor"][0].split()
 
     def test_what_trying_again_cannot_mend_is_not_tried_again(self) -> None:
+        from opsctl.agent.launch import EXIT_REFUSED, EXIT_WRONG
         from opsctl.errors import ExitCode
 
-        assert self.unit["RestartPreventExitStatus"] == [f"{int(ExitCode.CONFIGURATION)} {int(ExitCode.REFUSED)}"]
+        assert self.unit["RestartPreventExitStatus"] == [f"{EXIT_WRONG} {EXIT_REFUSED}"]
+        for code in (EXIT_WRONG, EXIT_REFUSED):  # an engine that ends with it must be started again
+            assert code not in set(ExitCode) and 78 < code < 124
 
     def test_nothing_brings_a_device_policy_along(self) -> None:
         # Each of these implies DeviceAllow=, and with it DevicePolicy=closed: no /dev/nvidia*.
