@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from command import succeeds
 
 from opsctl.engines.events import discard
 from opsctl.engines.session import Session
@@ -171,6 +172,24 @@ def test_a_release_that_does_not_start_is_undone_with_its_log(provisioned: Any, 
     assert any("none-such" in line or "odd.gguf" in line for line in document["error"]["log_tail"])
     found = instance(provisioned, "gpu-2")
     assert (found["release"], found["unfinished"], found["unit"]) == ("", False, "inactive")
+
+
+def test_a_first_start_that_a_power_cut_ended_is_undone_at_boot(provisioned: Any, never_served: str) -> None:
+    """The link was there already; what was never found healthy must not serve when the machine comes back."""
+    slow = f"/run/systemd/system/{UNIT}.d/slow.conf"  # gone with this boot
+    script = f"mkdir -p {slow.rpartition('/')[0]} && printf '[Service]\nExecStartPre=sleep 60\n' >{slow}"
+    assert provisioned.run("gpu-2", ["sudo", "sh", "-c", f"{script} && systemctl daemon-reload"]).returncode == 0
+    code, begun = verb(provisioned, "gpu-2", "first-start", "chat.0", "--release", never_served, "--wait-s", "0")
+    assert (code, begun["state"]) == (0, "running"), begun
+    linked = "until test -L /srv/opsctl/chat/current.0; do sleep 0.1; done"
+    assert provisioned.run("gpu-2", ["timeout", "30", "sh", "-c", linked]).returncode == 0
+    succeeds("lab", "power-cut", "gpu-2", "--name", provisioned.name)
+    succeeds("lab", "power-on", "gpu-2", "--name", provisioned.name)
+    recovered = "until systemctl is-active --quiet opsctl-recover opsctl-agent; do sleep 0.2; done"
+    assert provisioned.run("gpu-2", ["timeout", "60", "sh", "-c", recovered], timeout_s=70).returncode == 0
+    found = instance(provisioned, "gpu-2")
+    assert (found["release"], found["unfinished"], found["unit"]) == ("", False, "inactive"), found
+    assert provisioned.run("gpu-2", ["test", "-L", "/srv/opsctl/chat/current.0"]).returncode == 1
 
 
 def test_a_tampered_release_does_not_run(provisioned: Any) -> None:
