@@ -34,10 +34,10 @@ def provision(
     with speaking("provision", as_json=as_json, debug=debug) as speaker:
         from opsctl.engines.events import RunFinished, RunStarted
         from opsctl.engines.journal import journaled
-        from opsctl.engines.provisioning import Request
-        from opsctl.engines.provisioning import provision as run_provision
         from opsctl.fleet.inventory import read_fleet
         from opsctl.fleet.select import select_hosts
+        from opsctl.provisioning import Request
+        from opsctl.provisioning import provision as run_provision
 
         fleet = read_fleet(find_inventory(inventory))
         hosts = select_hosts(fleet, limit)

@@ -14,7 +14,7 @@ from opsctl.cli.speak import AsJson, Debug, Inventory, Limit, Speaker, find_inve
 
 if TYPE_CHECKING:
     from opsctl.fleet.model import Fleet, Host
-    from opsctl.fleet.status import Row
+    from opsctl.status import Row
 
 STYLE = {"serving": "green", "up": "green", "starting": "yellow", "draining": "yellow", "no release": "yellow",
          "not provisioned": "dim", "unreachable": "bold red", "failed": "bold red", "stopped": "bold red",
@@ -30,7 +30,7 @@ def status(inventory: Inventory = None, limit: Limit = "", watch: Watch = 0.0, a
         from opsctl.fleet.inventory import read_fleet
         from opsctl.fleet.select import select_hosts
         from opsctl.fleet.ssh_config import write_ssh_config
-        from opsctl.fleet.status import endpoints
+        from opsctl.status import endpoints
 
         fleet = read_fleet(find_inventory(inventory))
         hosts = select_hosts(fleet, limit)
@@ -46,7 +46,7 @@ def status(inventory: Inventory = None, limit: Limit = "", watch: Watch = 0.0, a
 
 
 def _look(fleet: Fleet, hosts: tuple[Host, ...]) -> list[Row]:
-    from opsctl.fleet.status import gather, rows
+    from opsctl.status import gather, rows
 
     return rows(fleet, hosts, gather(fleet, hosts))
 
@@ -60,7 +60,7 @@ def _watch(speaker: Speaker, fleet: Fleet, hosts: tuple[Host, ...], every_s: flo
 
 def render(fleet: Fleet, found: list[Row]) -> RenderableType:
     """The table, and below it where each service is to be reached."""
-    from opsctl.fleet.status import endpoints
+    from opsctl.status import endpoints
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("host", "groups", "instance", "release", "state", "in flight"):

@@ -20,11 +20,11 @@ from opsctl.engines.events import Emit, Event, Note, PhaseStarted, Progress, Sta
 from opsctl.engines.session import Session, on_each
 from opsctl.errors import ConfigurationError, MixedError, OpsctlError, RefusedError, RolledBackError
 from opsctl.fleet.model import Fleet, Host, Service
-from opsctl.fleet.status import instance_state
 from opsctl.releases.ledger import Wanted, wanted
 from opsctl.releases.publish import publish
 from opsctl.releases.remote import ask, error_of, has_agent
 from opsctl.releases.store import find, folders_of, releases_of, reporting, verify_release
+from opsctl.status import instance_state
 
 WATCH_S = 2.0
 RETRY_S = (1.0, 3.0, 10.0, 30.0)  # a switch that restarts is back within a minute

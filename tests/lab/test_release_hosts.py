@@ -19,12 +19,12 @@ from opsctl.engines.events import discard
 from opsctl.engines.session import Session
 from opsctl.fleet.inventory import read_fleet
 from opsctl.fleet.model import Fleet
-from opsctl.fleet.status import endpoints
 from opsctl.lab.model import write_model
 from opsctl.releases.importing import Imported, Request, import_model
 from opsctl.releases.publish import publish
 from opsctl.releases.remote import HOST_PROGRAM
 from opsctl.releases.store import find
+from opsctl.status import endpoints
 
 pytestmark = pytest.mark.lab
 

@@ -13,8 +13,8 @@ import pytest
 
 from opsctl.engines import ansible
 from opsctl.engines.events import Event, PhaseStarted, TaskResult
-from opsctl.engines.provisioning import judge
 from opsctl.errors import ConfigurationError, MixedError, RefusedError
+from opsctl.provisioning import judge
 
 
 def run(tmp_path: Path, tasks: str, *, host_line: str = "here ansible_connection=local",

@@ -9,7 +9,7 @@ import pytest
 
 from opsctl.errors import OpsctlError, RefusedError
 from opsctl.fleet.model import Fleet, Host, Service
-from opsctl.fleet.status import Row, endpoints, instance_state, rows
+from opsctl.status import Row, endpoints, instance_state, rows
 
 FLEET = Fleet(
     Path("/fleet"), Path("/fleet/inventory.ini"),
