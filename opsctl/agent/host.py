@@ -1,7 +1,7 @@
 """``opsctl-host``: the verbs of one host, for whoever calls over SSH. One JSON document on stdout, also for an error.
 
-Verbs that only look: ``state``, ``stage-status``, ``first-start-status``, ``releases``, ``ledger-show``. On hosts:
-``stage``, ``first-start``, ``recover``. On the gateway: ``release-begin``, ``receive``, ``release-accept``,
+Verbs that only look: ``state``, ``balancer``, ``stage-status``, ``first-start-status``, ``releases``, ``ledger-show``.
+On hosts: ``stage``, ``first-start``, ``recover``. On the gateway: ``release-begin``, ``receive``, ``release-accept``,
 ``ledger-append``.
 Exit codes are those of ``opsctl`` itself.
 """
@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from opsctl.agent import audit, first_start, gateway, job, stage
+from opsctl.agent import audit, balancer, first_start, gateway, job, stage
 from opsctl.agent.manifest import FOLDER, SERVICE
 from opsctl.agent.paths import Paths
 from opsctl.agent.settings import read_settings
@@ -187,6 +187,10 @@ def _releases(paths: Paths, arguments: Arguments) -> dict[str, Any]:
     return gateway.releases(paths, arguments.service)
 
 
+def _balancer(paths: Paths, arguments: Arguments) -> dict[str, Any]:
+    return balancer.look(paths.balancer_socket, arguments.wanted, arguments.wait_s)
+
+
 def _ledger_show(paths: Paths, arguments: Arguments) -> dict[str, Any]:
     return gateway.show_ledger(paths, arguments.service)
 
@@ -217,6 +221,9 @@ def _parser() -> argparse.ArgumentParser:
 
     looked = verb("state", _state, "everything about this host", acts=False)
     looked.add_argument("--json", action="store_true", help="the answer always is JSON")
+    one = verb("balancer", _balancer, "load balancer: its servers, as it sees them", acts=False)
+    one.add_argument("--wanted", action="append", default=[], metavar="SERVER", help="wait until it gets requests")
+    waiting(one, 0)
     one = verb("stage", _stage, "bring a release and its engine here, as a unit of its own; watch it")
     release_of(one)
     waiting(one, FOR_EVER_S)

@@ -64,6 +64,11 @@ class Paths:
         return self.root / "run/opsctl/instances" / instance / "draining"
 
     @property
+    def balancer_socket(self) -> Path:
+        """HAProxy's own, where there is one."""
+        return self.root / "run/haproxy/admin.sock"
+
+    @property
     def jobs(self) -> Path:
         return self.root / "run/opsctl/jobs"
 

@@ -27,6 +27,7 @@ from opsctl.releases.store import find, folders_of, releases_of, reporting, veri
 from opsctl.status import instance_state
 
 WATCH_S = 2.0
+ROTATION_S = 20.0  # the load balancer checks each second and wants two good answers
 RETRY_S = (1.0, 3.0, 10.0, 30.0)  # a switch that restarts is back within a minute
 OUT_OF_REACH = ("host.connection_lost", "host.timed_out", "host.unreachable")
 pause = time.sleep
@@ -112,6 +113,7 @@ def bring_up(fleet: Fleet, emit: Emit, *, hosts: Sequence[Host] | None = None, b
             changed += result.changed
             rows += result.instances
             errors += result.errors
+    _wait_for_rotation(fleet, [row for row in rows if row["state"] == "started"], chosen, emit)
     failure = outcome(errors, started=any(row["state"] == "started" for row in rows), changed=changed > 0)
     if failure is not None:
         raise failure
@@ -178,6 +180,31 @@ def _host(session: Session, want: Wanted, emit: Emit) -> HostResult:
         result.instances.append(_row(host, found["instance"], found["release"],
                                      "behind" if behind else instance_state(found)))
     return result
+
+
+def _wait_for_rotation(fleet: Fleet, started: Sequence[Mapping[str, str]], chosen: set[str], emit: Emit) -> None:
+    """Until every load balancer sends requests to what was started: only then a client gets an answer.
+
+    An instance that serves and is not in rotation in time is told, not undone: the load balancer may be the ill one.
+    """
+    if not started or fleet.load_balancer != "haproxy":
+        return
+    names = [f"{row['host']}.{row['instance']}" for row in started]
+    wanted_ones = [word for name in names for word in ("--wanted", name)]
+
+    def look(session: Session) -> list[str]:
+        seen = ask(session, ["balancer", *wanted_ones, "--wait-s", str(ROTATION_S)], host=session.host.name)
+        return list(seen["missing"])
+
+    balancers = [host for host in fleet.group("lb") if host.name in chosen]
+    for name, lacking in on_each(fleet, balancers, look).items():
+        if isinstance(lacking, OpsctlError):
+            emit(Note(f"was not seen sending requests to {', '.join(names)}: {lacking.message}", "warning", name))
+        elif lacking:
+            emit(Note(f"sends no requests to {', '.join(lacking)} yet; its statistics page (port 8404) tells why",
+                      "warning", name))
+        else:
+            emit(TaskResult(name, f"sends requests to {', '.join(names)}", "ok"))
 
 
 def _row(host: str, instance: str, release: str, state: str) -> dict[str, str]:

@@ -128,6 +128,22 @@ def test_a_plain_stop_under_load_loses_no_stream(provisioned: Any, fleet: Fleet)
         wait_until_healthy(provisioned, "gpu-1")
 
 
+def test_a_kill_under_the_same_load_does_lose_streams(provisioned: Any, fleet: Fleet) -> None:
+    """So the count above can fail: what saves the streams is the drain, and no retry of the load balancer's."""
+    (url,) = endpoints(fleet)["chat"]
+    streams = Streams(url, CLIENTS)
+    try:
+        for _ in range(100):
+            if instance(provisioned, "gpu-1")["running"] and "gpu-1.chat.0" in streams.answered:
+                break
+        killed = provisioned.run("gpu-1", ["sudo", "systemctl", "kill", "--signal=SIGKILL", UNIT])
+        assert killed.returncode == 0, killed.stderr
+    finally:
+        streams.finish()
+        wait_until_healthy(provisioned, "gpu-1")  # systemd starts it again
+    assert False in streams.ended
+
+
 def test_staging_outlives_whoever_asked_for_it(provisioned: Any, fleet: Fleet, tmp_path: Path) -> None:
     write_model(tmp_path / "mid.gguf", "mid")
     release = imported(fleet, tmp_path / "mid.gguf", "test-staging").directory.name
