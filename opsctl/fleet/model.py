@@ -50,6 +50,8 @@ class Service:
     gpus_per_instance: int = 0
     tensor_parallel: int = 1
     min_serving: int = 1
+    drain_timeout_s: int = 600  # how long a change waits for requests in flight
+    min_speed_percent: int = 50  # of the old release's tokens per second, which a new one must reach
     first_release: str = ""
 
 

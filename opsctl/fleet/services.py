@@ -28,6 +28,8 @@ RANGES = {
     "gpus_per_instance": (0, 64),
     "tensor_parallel": (1, 64),
     "min_serving": (0, 100_000),
+    "drain_timeout_s": (1, 86_400),
+    "min_speed_percent": (0, 1000),
 }
 REQUIRED = tuple(field.name for field in dataclasses.fields(Service)
                  if field.default is dataclasses.MISSING and field.name != "name")

@@ -1,0 +1,45 @@
+"""The verbs of staging."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opsctl.agent import job, stage
+from opsctl.agent.paths import Paths
+from opsctl.agent.settings import read_settings
+from opsctl.agent.verbs import FOR_EVER_S, AddVerb, Arguments, release_of, waiting, watch, work
+
+
+def register(verb: AddVerb) -> None:
+    one = verb("stage", _stage, "bring a release and its engine here, as a unit of its own; watch it")
+    release_of(one)
+    waiting(one, FOR_EVER_S)
+    one = verb("stage-status", _stage_status, "how far staging is", acts=False)
+    release_of(one)
+    waiting(one, 0)
+    release_of(verb("work-stage", _work_stage, "what the unit of stage runs", audited=False))
+
+
+def _stage(paths: Paths, arguments: Arguments) -> dict[str, Any]:
+    read_settings(paths)
+    name, verb = _stage_job(arguments)
+    if stage.is_staged(paths, arguments.service, arguments.release):
+        return {"state": "done", "result": {"changed": False, "release": arguments.release}}
+    job.start(paths, name, verb)
+    return watch(paths, name, verb, arguments.wait_s)
+
+
+def _stage_status(paths: Paths, arguments: Arguments) -> dict[str, Any]:
+    return watch(paths, *_stage_job(arguments), arguments.wait_s, raising=False)
+
+
+def _stage_job(arguments: Arguments) -> tuple[str, list[str]]:
+    """The job's name and what its unit runs."""
+    return stage.job_name(arguments.service, arguments.release), [
+        "work-stage", "--service", arguments.service, "--release", arguments.release]
+
+
+def _work_stage(paths: Paths, arguments: Arguments) -> dict[str, Any]:
+    return work(*_stage_job(arguments), paths, lambda reporter: stage.stage(
+        paths, read_settings(paths).gateway_url, arguments.service, arguments.release, report=reporter.progress,
+        doing=reporter.doing))
