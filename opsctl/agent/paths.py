@@ -59,6 +59,16 @@ class Paths:
     def drains(self, instance: str) -> Path:
         return self.state / "drains" / instance
 
+    @property
+    def gates(self) -> Path:
+        """What releases showed at the last gate that they passed, a folder for each instance (``passed.py``)."""
+        return self.state / "gates"
+
+    @property
+    def ledger_copies(self) -> Path:
+        """This host's copies of the gateway's ledgers: they count while the gateway is down."""
+        return self.state / "ledger"
+
     def draining(self, instance: str) -> Path:
         """Written by an engine that got SIGTERM; the folder is the unit's RuntimeDirectory."""
         return self.root / "run/opsctl/instances" / instance / "draining"
@@ -71,6 +81,10 @@ class Paths:
     @property
     def jobs(self) -> Path:
         return self.root / "run/opsctl/jobs"
+
+    def rate_limit(self, job: str) -> Path:
+        """Bytes per second that a running job may fetch; no file: as fast as it can."""
+        return self.jobs / f"{job}.rate-limit"
 
     @property
     def gateway_releases(self) -> Path:
