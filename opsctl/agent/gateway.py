@@ -30,7 +30,7 @@ from opsctl.agent.progress import Meter, silent
 from opsctl.agent.stage import check_space, fault_of, free_bytes_of, link_what_holds, plan_files, sweep
 from opsctl.agent.store import same_files, stored_releases, verify_files
 from opsctl.agent.trust import Signed
-from opsctl.errors import LockedError, RefusedError, UsageError
+from opsctl.errors import LockedError, OpsctlError, RefusedError, UsageError
 
 INCOMING = ".incoming"
 
@@ -146,16 +146,32 @@ def releases(paths: Paths, service: str) -> dict[str, Any]:
     return {"service": service, "releases": [stored.as_document() for stored in found]}
 
 
-def show_ledger(paths: Paths, service: str) -> dict[str, Any]:
-    """``{"service", "lines": [...]}``, oldest first."""
-    path = _ledger(paths, service)
-    lines, _ = ledger.parse(path.read_bytes() if path.is_file() else b"")
+def manifest(paths: Paths, service: str, release: str) -> dict[str, Any]:
+    """``{"manifest", "signature"}`` (base64) of a release, for whoever wants its files under another name.
+
+    Raises:
+        RefusedError: it is not here, or its signature is wrong.
+    """
+    directory = paths.gateway_releases / _service(service) / _release(release)
+    if not directory.is_dir():
+        raise RefusedError("gateway.no_release", f"{release} of {service} is not on the gateway.",
+                           hint="opsctl model list shows what is")
+    trust.read_signed(directory, paths.allowed_signers)
+    return {key: base64.b64encode((directory / name).read_bytes()).decode()
+            for key, name in (("manifest", manifests.MANIFEST), ("signature", manifests.SIGNATURE))}
+
+
+def show_ledger(paths: Paths, service: str, *, copy: bool = False) -> dict[str, Any]:
+    """``{"service", "lines": [...]}``, oldest first; ``copy``: of this host's copy, empty when it has none."""
+    lines, _ = _read_ledger(_ledger(paths, service, copy=copy), copy=copy)
     return {"service": service, "lines": [{**vars(line), "release": line.release} for line in lines]}
 
 
 def append_ledger(paths: Paths, service: str, version: str, digest: str, *, after: int, by: str, run: str = "",
-                  note: str = "", now: float | None = None) -> dict[str, Any]:
+                  note: str = "", action: str = ledger.SERVE, now: float | None = None) -> dict[str, Any]:
     """Appends one line after line ``after`` (0: the ledger is empty) and fsyncs it; ``{"changed", "number"}``.
+
+    What the ledger says already is nothing to do.
 
     Raises:
         RefusedError: the release is not accepted here, or the line contradicts the ledger.
@@ -164,15 +180,14 @@ def append_ledger(paths: Paths, service: str, version: str, digest: str, *, afte
     path = _ledger(paths, service)
     make_directory(path.parent)
     with locked(path.with_name(f".{path.name}.lock")):
-        content = path.read_bytes() if path.is_file() else b""
-        lines, whole = ledger.parse(content)
-        last = ledger.tip(lines)
-        if last is not None and (last.version, last.digest) == (version, digest):
-            return {"changed": False, "number": last.number}
+        lines, whole = _read_ledger(path)
+        at = _utc(time.time() if now is None else now)
+        line = Line(len(lines) + 1, version, digest, at, by, run, note, action)
+        if ledger.says(lines, line):
+            return {"changed": False, "number": len(lines)}
         ledger.check_tip(lines, after)
-        line = Line(len(lines) + 1, version, digest, _utc(time.time() if now is None else now), by, run, note)
         ledger.check(lines, line)
-        if not (paths.gateway_releases / service / line.release).is_dir():
+        if action == ledger.SERVE and not (paths.gateway_releases / service / line.release).is_dir():
             raise RefusedError("ledger.no_release", f"{line.release} of {service} is not on the gateway.",
                                hint="publish it before the ledger names it")
         with path.open("ab") as file:
@@ -185,8 +200,44 @@ def append_ledger(paths: Paths, service: str, version: str, digest: str, *, afte
     return {"changed": True, "number": line.number}
 
 
-def _ledger(paths: Paths, service: str) -> Path:
-    return paths.ledgers / f"{_service(service)}.jsonl"
+def put_ledger(paths: Paths, service: str, body: bytes, *, copy: bool = False) -> dict[str, Any]:
+    """Takes a whole ledger that begins with what is here; ``{"changed", "lines": N}``. A shorter one changes nothing.
+
+    Raises:
+        UsageError: ``body`` does not end with a whole line.
+        LockedError: what is here says something else: somebody wrote to one while the other was out of reach.
+    """
+    path = _ledger(paths, service, copy=copy)
+    given, whole = ledger.parse(body)
+    if whole != len(body):
+        raise UsageError("ledger.torn", "the ledger that was sent ends in the middle of a line.")
+    make_directory(path.parent)
+    with locked(path.with_name(f".{path.name}.lock")):
+        lines, _ = _read_ledger(path, copy=copy)
+        if ledger.is_prefix(given, lines):
+            return {"changed": False, "lines": len(lines)}
+        if not ledger.is_prefix(lines, given):
+            raise LockedError("ledger.diverged", f"{path} and the ledger that was sent for {service} differ.",
+                              hint="opsctl history shows both; a person removes the one that is wrong")
+        write_atomically(path, ledger.to_bytes(given))
+    return {"changed": True, "lines": len(given)}
+
+
+def _read_ledger(path: Path, *, copy: bool = False) -> tuple[tuple[Line, ...], int]:
+    """The lines, and how many bytes they are.
+
+    Raises:
+        OpsctlError: something else wrote to it.
+    """
+    try:
+        return ledger.parse(path.read_bytes() if path.is_file() else b"")
+    except OpsctlError as error:
+        hint = "it is a copy: remove it, the next write brings it again" if copy else error.hint
+        raise type(error)(error.code, f"{path}: {error.message}", hint=hint) from None
+
+
+def _ledger(paths: Paths, service: str, *, copy: bool = False) -> Path:
+    return (paths.ledger_copies if copy else paths.ledgers) / f"{_service(service)}.jsonl"
 
 
 def _incoming(paths: Paths, service: str, release: str) -> Path:

@@ -1,19 +1,25 @@
-"""The ledger: which release the fleet should serve, one append-only JSON line after the other. Pure."""
+"""The ledger: which release the fleet should serve and which ones are bad, one append-only JSON line each. Pure."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from opsctl.agent.manifest import SHA256, check_name, directory_name
 from opsctl.errors import LockedError, OpsctlError, RefusedError
 
+SERVE, BAD = "serve", "bad"
+ACTIONS = (SERVE, BAD)
+
 
 @dataclass(frozen=True)
 class Line:
-    """From ``at`` (UTC, ISO 8601) the service should serve this release. ``by`` and ``run`` say who wrote it."""
+    """From ``at`` (UTC, ISO 8601) the service should serve this release (``serve``), or nobody should (``bad``).
+
+    ``by`` and ``run`` say who wrote it. Lines of older versions have no action and say serve.
+    """
 
     number: int
     version: str
@@ -22,6 +28,7 @@ class Line:
     by: str
     run: str = ""
     note: str = ""
+    action: str = SERVE
 
     @property
     def release(self) -> str:
@@ -42,17 +49,49 @@ def parse(content: bytes) -> tuple[tuple[Line, ...], int]:
     lines: list[Line] = []
     for text in content[:whole].splitlines():
         try:
-            lines.append(_line(json.loads(text)))
-        except (ValueError, KeyError, TypeError) as error:
+            lines.append(line_of(json.loads(text)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise OpsctlError("ledger.damaged", f"line {len(lines) + 1} of the ledger cannot be read: {error}.",
                               hint="it is append-only: restore it from a host's copy or a backup") from None
         check(lines[:-1], lines[-1])
     return tuple(lines), whole
 
 
+def to_bytes(lines: Sequence[Line]) -> bytes:
+    """The whole ledger as ``parse`` reads it."""
+    return b"".join(line.to_bytes() for line in lines)
+
+
+def line_of(document: Mapping[str, Any]) -> Line:
+    """A line from its JSON. Raises KeyError, ValueError, TypeError when it is none."""
+    return Line(int(document["number"]), str(document["version"]), str(document["digest"]), str(document["at"]),
+                str(document["by"]), str(document.get("run", "")), str(document.get("note", "")),
+                str(document.get("action", SERVE)))
+
+
 def tip(lines: Sequence[Line]) -> Line | None:
-    """What should be served now; None while nobody said."""
-    return lines[-1] if lines else None
+    """What should be served now: the last line that says serve; None while nobody said."""
+    return next((line for line in reversed(lines) if line.action == SERVE), None)
+
+
+def bad_digests(lines: Sequence[Line]) -> frozenset[str]:
+    """Releases whose last line says bad. One that was served again after that is not bad any more."""
+    last = {line.digest: line.action for line in lines}
+    return frozenset(digest for digest, action in last.items() if action == BAD)
+
+
+def says(lines: Sequence[Line], line: Line) -> bool:
+    """Whether the ledger says already what ``line`` would say: to add it would change nothing."""
+    bad = line.digest in bad_digests(lines)
+    if line.action == BAD:
+        return bad
+    now = tip(lines)
+    return now is not None and (now.version, now.digest) == (line.version, line.digest) and not bad
+
+
+def is_prefix(lines: Sequence[Line], longer: Sequence[Line]) -> bool:
+    """Whether ``longer`` begins with ``lines``, or is the same."""
+    return tuple(longer[:len(lines)]) == tuple(lines)
 
 
 def check(lines: Sequence[Line], line: Line) -> None:
@@ -61,6 +100,9 @@ def check(lines: Sequence[Line], line: Line) -> None:
         raise RefusedError("ledger.inconsistent", f"line {line.number} cannot follow {len(lines)} lines of the ledger.",
                            hint="look at it: opsctl-host ledger-show on the gateway")
     check_name(line.version)
+    if line.action not in ACTIONS:
+        raise RefusedError("ledger.inconsistent", f"line {line.number} of the ledger says {line.action!r}, which this "
+                           "opsctl does not know.", hint="a newer opsctl wrote it: use that one")
     if not SHA256.fullmatch(line.digest):
         raise RefusedError("ledger.inconsistent", f"digest {line.digest!r} is no sha256.", hint="the 64 hex digits")
     for earlier in lines:
@@ -75,7 +117,3 @@ def check_tip(lines: Sequence[Line], after: int) -> None:
         raise LockedError("ledger.moved", f"the ledger has {len(lines)} lines, not {after}: somebody else wrote to it.",
                           hint="look at opsctl status, then run the same again")
 
-
-def _line(document: dict[str, Any]) -> Line:
-    return Line(int(document["number"]), str(document["version"]), str(document["digest"]), str(document["at"]),
-                str(document["by"]), str(document.get("run", "")), str(document.get("note", "")))

@@ -166,6 +166,17 @@ def test_one_sender_at_a_time(host: Paths, keys: Keys, tmp_path: Path) -> None:
     assert refused.value.code == "gateway.busy"
 
 
+def test_the_manifest_of_a_release_is_given_as_it_was_signed(host: Paths, keys: Keys, tmp_path: Path) -> None:
+    directory = lay_down(tmp_path, {"model.gguf": MODEL}, keys.private)
+    send(host, directory)
+    given = gateway.manifest(host, "chat", directory.name)
+    assert base64.b64decode(given["manifest"]) == (directory / "manifest.json").read_bytes()
+    assert base64.b64decode(given["signature"]) == (directory / "manifest.json.sig").read_bytes()
+    with pytest.raises(RefusedError) as refused:
+        gateway.manifest(host, "chat", "v9-000000000000")
+    assert refused.value.code == "gateway.no_release"
+
+
 # The ledger.
 
 
@@ -194,7 +205,8 @@ def test_the_ledger_grows_line_by_line(ledger: Paths) -> None:
     assert append(ledger, "v1", DIGESTS[0], 2) == {"changed": True, "number": 3}
     assert [line["version"] for line in lines(ledger)] == ["v1", "v2", "v1"]
     assert lines(ledger)[0] == {"number": 1, "version": "v1", "digest": DIGESTS[0], "at": "1970-01-01T00:00:00Z",
-                                "by": "ann@desk", "run": "17", "note": "why", "release": "v1-aaaaaaaaaaaa"}
+                                "by": "ann@desk", "run": "17", "note": "why", "action": "serve",
+                                "release": "v1-aaaaaaaaaaaa"}
 
 
 def test_the_same_again_is_nothing_to_do(ledger: Paths) -> None:
