@@ -37,6 +37,7 @@ T = TypeVar("T")
 WORKERS = 32
 LOGIN_TIMEOUT_S = 20  # key exchange and login of a busy host; the connection itself has CONNECT_TIMEOUT_S
 CHUNK = 1 << 16
+SUDO_PROBE = ["sudo", "-n", "true"]
 
 logging.getLogger("paramiko").addHandler(logging.NullHandler())  # its threads would print tracebacks of their own
 
@@ -84,7 +85,7 @@ class Session:
         if become and completed.returncode == 1 and "sudo:" in completed.stderr:
             self._check_sudo(timeout_s)
         elif become and completed.returncode == 127 and "sudo" in completed.stderr:
-            raise self._no_sudo("sudo is not installed there", completed)
+            raise no_sudo(self.host, self._way.user(), completed.stderr, "sudo is not installed there")
         return completed
 
     def close(self) -> None:
@@ -99,17 +100,9 @@ class Session:
 
     def _check_sudo(self, timeout_s: float) -> None:
         """Was it sudo that said no? Asked of sudo itself, because its words come in the host's language."""
-        probe = self._way.exchange(["sudo", "-n", "true"], [], timeout_s, self.host)
+        probe = self._way.exchange(SUDO_PROBE, [], timeout_s, self.host)
         if probe.returncode:
-            raise self._no_sudo("it wants a password or does not let them", probe)
-
-    def _no_sudo(self, why: str, completed: Completed) -> RefusedError:
-        user = self._way.user()
-        return RefusedError(
-            "host.no_sudo", f"{self.host.name}: {user} cannot become root there with sudo: {why}.",
-            hint="opsctl provision --ask-become-pass sets it up; by hand, as root there: "
-                 f"echo '{user} ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/opsctl",
-            log_tail=completed.stderr.splitlines()[-5:])
+            raise no_sudo(self.host, self._way.user(), probe.stderr)
 
 
 def on_each(fleet: Fleet, hosts: Sequence[Host], function: Callable[[Session], T], workers: int = WORKERS
@@ -196,7 +189,7 @@ class _Local(_Way):
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
         if watch.expired:
-            raise _timed_out(host, argv, timeout_s)
+            raise timed_out(host, argv, timeout_s)
         return Completed(returncode if returncode >= 0 else 128 - returncode, stdout, stderr)
 
     def close(self) -> None:
@@ -228,12 +221,12 @@ class _Remote(_Way):
             channel = self._channel(timeout_s)
         except (paramiko.SSHException, OSError, EOFError) as error:
             self.close()
-            raise _lost(host, error) from None
+            raise lost(host, error) from None
         try:
             return self._exchange(channel, argv, chunks, timeout_s, host)
         except (paramiko.SSHException, OSError, EOFError) as error:
             self.close()
-            raise _lost(host, error) from None
+            raise lost(host, error) from None
         finally:
             _close(channel)
 
@@ -241,12 +234,13 @@ class _Remote(_Way):
         """A channel for one command; a connection that broke since the last one is made anew: nothing was asked yet."""
         reused = self._connection is not None
         try:
-            return self._open().transport.open_session(timeout=timeout_s)
+            channel: paramiko.Channel = self._open().transport.open_session(timeout=timeout_s)
         except (paramiko.SSHException, OSError, EOFError):
             self.close()
             if not reused:
                 raise
-            return self._open().transport.open_session(timeout=timeout_s)
+            channel = self._open().transport.open_session(timeout=timeout_s)
+        return channel
 
     def _exchange(self, channel: paramiko.Channel, argv: list[str], chunks: Iterable[bytes], timeout_s: float,
                   host: Host) -> Completed:
@@ -270,7 +264,7 @@ class _Remote(_Way):
         finally:
             watch.stop()
         if watch.expired:
-            raise _timed_out(host, argv, timeout_s)
+            raise timed_out(host, argv, timeout_s)
         if channel.exit_status == -1:  # killed by a signal, or the connection broke, which shows in a moment
             transport = channel.get_transport()
             transport.join(0.5)
@@ -280,31 +274,48 @@ class _Remote(_Way):
 
     def close(self) -> None:
         connection, self._connection = self._connection, None
-        while connection:  # closing one leaves its gateway open
-            _close(connection)
-            connection = connection.gateway
+        if connection is not None:
+            disconnect(connection)
 
     def _open(self) -> Connection:
         if self._connection is not None and self._connection.is_connected:
             return self._connection
         self.close()
-        pins = known_hosts.load(self._fleet.known_hosts)
-        connection = _strict(_connection(self._fleet, self._host), self._fleet)
-        chain: list[Connection] = [connection]
-        while chain[0].gateway:
-            chain.insert(0, _strict(chain[0].gateway, self._fleet))
-        try:
-            for hop in chain:
-                with _explained(self._fleet, self._host, hop, pins):
-                    if not hop.gateway:
-                        hop.connect_kwargs["sock"] = _socket(hop.host, hop.port)
-                    hop.open()
-        except BaseException:
-            for hop in reversed(chain):
-                _close(hop)
-            raise
-        self._connection = connection
-        return connection
+        self._connection = connect(self._fleet, self._host)
+        return self._connection
+
+
+def connect(fleet: Fleet, host: Host) -> Connection:
+    """A connection over SSH through all its jumps, with only the fleet's pinned keys believed at each of them.
+
+    Raises:
+        RefusedError: ``host.unreachable``, ``host.foreign_key``, ``host.not_trusted``, ``host.login_refused``.
+        ConfigurationError: known_hosts has a line that engines would read differently.
+    """
+    pins = known_hosts.load(fleet.known_hosts)
+    connection = _strict(_connection(fleet, host), fleet)
+    chain: list[Connection] = [connection]
+    while chain[0].gateway:
+        chain.insert(0, _strict(chain[0].gateway, fleet))
+    try:
+        for hop in chain:
+            with _explained(fleet, host, hop, pins):
+                if not hop.gateway:
+                    hop.connect_kwargs["sock"] = _socket(hop.host, hop.port)
+                hop.open()
+    except BaseException:
+        for hop in reversed(chain):
+            _close(hop)
+        raise
+    return connection
+
+
+def disconnect(connection: Connection) -> None:
+    """Closes a connection and its jumps: closing one alone leaves its gateway open."""
+    hop: Connection | None = connection
+    while hop:
+        _close(hop)
+        hop = hop.gateway
 
 
 def _close(what: Connection | paramiko.Channel) -> None:
@@ -403,12 +414,23 @@ def _why(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _lost(host: Host, error: BaseException) -> OpsctlError:
+def no_sudo(host: Host, user: str, stderr: str, why: str = "it wants a password or does not let them") -> RefusedError:
+    """``user`` cannot become root on a host."""
+    return RefusedError(
+        "host.no_sudo", f"{host.name}: {user} cannot become root there with sudo: {why}.",
+        hint="opsctl provision --ask-become-pass sets it up; by hand, as root there: "
+             f"echo '{user} ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/opsctl",
+        log_tail=stderr.splitlines()[-5:])
+
+
+def lost(host: Host, error: BaseException) -> OpsctlError:
+    """The connection broke while a command ran: nobody knows how far that came."""
     return OpsctlError("host.connection_lost", f"{host.name}: the connection broke while a command ran: {_why(error)}.",
                        hint=f"opsctl status --limit {host.name} shows what the host says now")
 
 
-def _timed_out(host: Host, argv: Sequence[str], timeout_s: float) -> OpsctlError:
+def timed_out(host: Host, argv: Sequence[str], timeout_s: float) -> OpsctlError:
+    """A command did not end in time: it may still be running there."""
     return OpsctlError("host.timed_out", f"{host.name}: {argv[0]} did not finish within {timeout_s:g} s.",
                        hint="it may still be running there; the same command again is safe")
 
