@@ -1,0 +1,162 @@
+"""The load balancers of a fleet, as a rollout needs them: who still sends requests to an instance, who does again.
+
+``haproxy``: every host of the group ``lb``, each asked on its own socket. ``hook``: an executable of the operator's.
+``none``: nobody is asked; an engine's own drain is then all that protects requests.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from opsctl.engines.session import Session
+from opsctl.errors import ConfigurationError, OpsctlError, PausedError
+from opsctl.fleet.model import Fleet
+from opsctl.releases.remote import ask
+
+HOOK = "load_balancer_hook"  # the inventory's variable
+HOOK_TIMEOUT_S = 60.0
+
+
+class Balancers(Protocol):
+    """What is asked for one server (``gpu-1.chat.0``) of all load balancers together."""
+
+    def open_sessions(self, server: str, wait_s: float) -> tuple[int, tuple[str, ...]]:
+        """Requests that they still have there, and which of them would send more; waits a little for (0, ())."""
+
+    def lacking(self, server: str, wait_s: float) -> tuple[str, ...]:
+        """Those that send it no requests; waits a little for none."""
+
+    def drain(self, server: str) -> None:
+        """Takes it out by the load balancers themselves, past the agent."""
+
+    def undrain(self, server: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def balancers(fleet: Fleet) -> Balancers:
+    """By the inventory's ``load_balancer``; for one thread at a time.
+
+    Raises:
+        ConfigurationError: a hook is wanted and not there.
+    """
+    if fleet.load_balancer == "haproxy":
+        return Haproxy([Session(fleet, host) for host in fleet.group("lb")])
+    return Hook(_hook(fleet)) if fleet.load_balancer == "hook" else Nobody()
+
+
+class Haproxy:
+    """HAProxy on each host of the group ``lb``."""
+
+    def __init__(self, sessions: Sequence[Session]) -> None:
+        self._sessions = sessions
+
+    def open_sessions(self, server: str, wait_s: float) -> tuple[int, tuple[str, ...]]:
+        count, sending = 0, []
+        for session in self._sessions:
+            seen = self._ask(session, ["balancer", "--drained", server, "--wait-s", f"{wait_s:g}"])
+            rows = [row for row in seen["servers"] if row["server"] == server]
+            count += sum(row["sessions"] for row in rows)
+            if any(row["weight"] > 0 and not row["status"].startswith(("DRAIN", "MAINT", "DOWN")) for row in rows):
+                sending.append(session.host.name)
+        return count, tuple(sending)
+
+    def lacking(self, server: str, wait_s: float) -> tuple[str, ...]:
+        return tuple(session.host.name for session in self._sessions
+                     if self._ask(session, ["balancer", "--wanted", server, "--wait-s", f"{wait_s:g}"])["missing"])
+
+    def drain(self, server: str) -> None:
+        for session in self._sessions:
+            self._ask(session, ["balancer-drain", server])
+
+    def undrain(self, server: str) -> None:
+        for session in self._sessions:
+            self._ask(session, ["balancer-ready", server])
+
+    def close(self) -> None:
+        for session in self._sessions:
+            session.close()
+
+    @staticmethod
+    def _ask(session: Session, verb: list[str]) -> dict[str, Any]:
+        try:
+            return ask(session, verb, host=session.host.name)
+        except OpsctlError as error:
+            raise PausedError("balancer.unseen", f"the load balancer on {error.message}",
+                              hint="a drain is seen there or not at all; mend it, then the same command again",
+                              log_tail=error.log_tail) from error
+
+
+class Hook:
+    """An executable that is called with ``drain|undrain|sessions SERVER``; ``sessions`` prints a number."""
+
+    def __init__(self, program: Path) -> None:
+        self._program = program
+
+    def open_sessions(self, server: str, wait_s: float) -> tuple[int, tuple[str, ...]]:
+        said = self._call("sessions", server)
+        if not said.strip().isdigit():
+            raise PausedError("balancer.hook", f"{self._program} sessions {server} printed {said.strip()[:80]!r}, not "
+                              "a number.", hint="it prints how many requests the load balancer has there now")
+        return int(said), ()
+
+    def lacking(self, server: str, wait_s: float) -> tuple[str, ...]:
+        return ()
+
+    def drain(self, server: str) -> None:
+        self._call("drain", server)
+
+    def undrain(self, server: str) -> None:
+        self._call("undrain", server)
+
+    def close(self) -> None:
+        pass
+
+    def _call(self, word: str, server: str) -> str:
+        try:
+            done = subprocess.run([self._program, word, server], capture_output=True, text=True, check=False,
+                                  timeout=HOOK_TIMEOUT_S, stdin=subprocess.DEVNULL)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise PausedError("balancer.hook", f"{self._program} {word} {server} could not be run: {error}.",
+                              hint="mend the hook, then the same command again") from None
+        if done.returncode:
+            raise PausedError("balancer.hook", f"{self._program} {word} {server} ended with {done.returncode}.",
+                              hint="mend the hook, then the same command again",
+                              log_tail=done.stderr.splitlines()[-10:])
+        return done.stdout
+
+
+class Nobody:
+    """``load_balancer=none``."""
+
+    def open_sessions(self, server: str, wait_s: float) -> tuple[int, tuple[str, ...]]:
+        return 0, ()
+
+    def lacking(self, server: str, wait_s: float) -> tuple[str, ...]:
+        return ()
+
+    def drain(self, server: str) -> None:
+        pass
+
+    def undrain(self, server: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _hook(fleet: Fleet) -> Path:
+    named = {str(host.variables[HOOK]) for host in fleet.hosts if host.variables.get(HOOK)}
+    if len(named) != 1:
+        raise ConfigurationError("inventory.no_hook", f"{fleet.inventory}: load_balancer is hook, and {HOOK} names "
+                                 f"{len(named) or 'no'} executable{'s' if len(named) > 1 else ''}.",
+                                 hint=f"{HOOK}=hooks/balancer in [all:vars]; it is called with drain, undrain or "
+                                      "sessions, and a server such as gpu-1.chat.0")
+    path = fleet.directory / named.pop()
+    if not path.is_file():
+        raise ConfigurationError("inventory.no_hook", f"{fleet.inventory}: {HOOK}: there is no {path}.",
+                                 hint="an executable file, beside the inventory or with its whole path")
+    return path

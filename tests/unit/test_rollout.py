@@ -1,0 +1,169 @@
+"""The rollout's decisions: by table, and by playing every way in which small fleets can fail."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from opsctl.errors import ExitCode, MixedError, OpsctlError, PausedError, RefusedError, RolledBackError
+from opsctl.releases.plan import Step
+from opsctl.releases.roll import ended
+from opsctl.releases.rollout import Begin, End, Move, Rollout, State, Wait, after, decide
+
+
+def step(number: int, wave: int, *, serving: bool = True, earlier: bool = False, back: str = "v1-a") -> Step:
+    action = "nothing" if earlier else "move"
+    return Step(f"gpu-{number}", "chat.0", "v1-a", "v2-b", action, serving, wave, back, earlier)
+
+
+def fleet(*waves: int, min_serving: int = 1, **options: bool | str) -> Rollout:
+    moves = tuple(Move(step(number, wave)) for number, wave in enumerate(waves, 1))
+    return Rollout(moves, min_serving, **options)  # type: ignore[arg-type]
+
+
+def names(*numbers: int) -> frozenset[str]:
+    return frozenset(f"gpu-{number}.chat.0" for number in numbers)
+
+
+def begun(decision: object) -> list[str]:
+    assert isinstance(decision, Begin), decision
+    return [one.host for one in decision.steps]
+
+
+def test_the_canary_goes_alone() -> None:
+    rollout = fleet(1, 2, 2)
+    assert begun(decide(rollout, names(1, 2, 3))) == ["gpu-1"]
+    rollout = after(rollout, "gpu-1.chat.0", State.MOVING)
+    assert decide(rollout, names(1, 2, 3)) == Wait()
+    rollout = after(rollout, "gpu-1.chat.0", State.MOVED)
+    assert begun(decide(rollout, names(1, 2, 3))) == ["gpu-2", "gpu-3"]
+
+
+def test_the_budget_counts_who_serves_now() -> None:
+    rollout = fleet(1, 1, 1, 1, min_serving=2)
+    assert begun(decide(rollout, names(1, 2, 3, 4))) == ["gpu-1", "gpu-2"]
+    assert begun(decide(rollout, names(2, 3, 4))) == ["gpu-1", "gpu-2"]  # the first serves nobody: it costs nothing
+    assert begun(decide(rollout, names(1, 2, 3))) == ["gpu-1", "gpu-4"]
+
+
+def test_an_instance_that_fell_over_meanwhile_uses_the_budget_up() -> None:
+    rollout = after(fleet(1, 2, 2, min_serving=2), "gpu-1.chat.0", State.MOVED)
+    end = decide(rollout, names(1, 2))
+    assert begun(end) == ["gpu-3"]  # it is the one that fell over
+    rollout = after(rollout, "gpu-3.chat.0", State.MOVED)
+    end = decide(rollout, names(1, 2))
+    assert isinstance(end, End)
+    assert end.exit_code is ExitCode.PAUSED
+    assert "min_serving is 2" in end.reason
+
+
+def test_one_under_way_is_not_counted_twice() -> None:
+    rollout = after(fleet(1, 1, 1), "gpu-1.chat.0", State.MOVING)
+    assert begun(decide(rollout, names(1, 2, 3))) == ["gpu-2"]  # not drained yet, but on its way out
+    assert begun(decide(rollout, names(2, 3))) == ["gpu-2"]
+
+
+def test_an_allowed_outage_goes_one_at_a_time() -> None:
+    rollout = fleet(1, 1, min_serving=2, allow_outage=True)
+    assert begun(decide(rollout, names(1, 2))) == ["gpu-1"]
+    rollout = after(rollout, "gpu-1.chat.0", State.MOVING)
+    assert decide(rollout, names(1, 2)) == Wait()
+
+
+def test_without_leave_an_outage_pauses() -> None:
+    end = decide(fleet(1), names(1))
+    assert isinstance(end, End)
+    assert end.exit_code is ExitCode.PAUSED
+
+
+def test_a_failure_takes_back_what_was_moved_last_first() -> None:
+    rollout = after(after(fleet(1, 2, 3), "gpu-1.chat.0", State.MOVED), "gpu-2.chat.0", State.MOVED)
+    rollout = after(rollout, "gpu-3.chat.0", State.FAILED, RolledBackError("gate.unhealthy", "no"))
+    decision = decide(rollout, names(1, 2, 3))
+    assert isinstance(decision, Begin)
+    assert decision.back
+    assert begun(decision) == ["gpu-2", "gpu-1"]
+
+
+def test_what_an_unfinished_rollout_had_moved_goes_back_too() -> None:
+    moves = (Move(step(1, 0, earlier=True), State.MOVED),
+             Move(step(2, 1), State.FAILED, RolledBackError("gate.unhealthy", "no")))
+    decision = decide(Rollout(moves, 1), names(1, 2))
+    assert isinstance(decision, Begin)
+    assert decision.back
+    gone = (Move(step(1, 0, earlier=True, back=""), State.MOVED), moves[1])
+    end = decide(Rollout(gone, 1), names(1, 2))
+    assert isinstance(end, End)
+    assert end.exit_code is ExitCode.MIXED
+
+
+@pytest.mark.parametrize(("error", "back", "state"), [
+    (None, False, State.MOVED),
+    (None, True, State.REVERTED),
+    (RolledBackError("instance.did_not_start", ""), False, State.FAILED),
+    (MixedError("cutover.not_undone", ""), False, State.BROKEN),
+    (PausedError("gate.inconclusive", ""), False, State.PAUSED),
+    (RefusedError("cutover.moved", ""), False, State.PAUSED),
+    (OpsctlError("host.connection_lost", ""), False, State.PAUSED),
+    (RolledBackError("instance.did_not_start", ""), True, State.STUCK),
+    (PausedError("drain.deadline", ""), True, State.STUCK),
+])
+def test_how_a_move_ended(error: OpsctlError | None, back: bool, state: State) -> None:
+    assert ended(error, back=back) is state
+
+
+OUTCOMES = (State.MOVED, State.FAILED, State.BROKEN, State.PAUSED)
+
+
+def play(rollout: Rollout, outcomes: tuple[State, ...], back: State, size: int) -> tuple[Rollout, End, int]:
+    """Every move ends at once, in the order in which they began; returns the least that served at any time."""
+    outcome = {move.step.name: wanted for move, wanted in zip(rollout.moves, outcomes, strict=True)}
+    everybody = names(*range(1, size + 1))
+    down: set[str] = set()
+    least = size
+    for _ in range(100):
+        decision = decide(rollout, everybody - down)
+        if isinstance(decision, End):
+            return rollout, decision, least
+        if isinstance(decision, Begin):
+            for one in decision.steps:
+                rollout = after(rollout, one.name, State.REVERTING if decision.back else State.MOVING)
+                down.add(one.name)
+            least = min(least, size - len(down))
+            continue
+        name = next(move.step.name for move in rollout.moves if move.state in (State.MOVING, State.REVERTING))
+        reverting = rollout.move(name).state is State.REVERTING
+        state = back if reverting else outcome[name]
+        if state is not State.BROKEN:
+            down.discard(name)
+        rollout = after(rollout, name, state)
+    raise AssertionError("a rollout that never ends")
+
+
+@pytest.mark.parametrize("waves", [(1, 2, 3), (1, 2, 2), (1, 1, 1), (1, 2, 2, 2)])
+@pytest.mark.parametrize("min_serving", [0, 1, 2])
+@pytest.mark.parametrize("on_failure", ["revert", "stop"])
+@pytest.mark.parametrize("back", [State.REVERTED, State.STUCK])
+def test_however_it_goes_the_exit_code_tells_the_truth(waves: tuple[int, ...], min_serving: int, on_failure: str,
+                                                      back: State) -> None:
+    for outcomes in itertools.product(OUTCOMES, repeat=len(waves)):
+        rollout, end, least = play(fleet(*waves, min_serving=min_serving, on_failure=on_failure), outcomes, back,
+                                   len(waves))
+        states = [move.state for move in rollout.moves]
+        assert least >= min_serving - states.count(State.BROKEN), (outcomes, states)
+        new = sum(state in (State.MOVED, State.STUCK) for state in states)
+        broken = State.BROKEN in states
+        if end.exit_code is ExitCode.DONE:
+            assert new == len(states)
+        elif end.exit_code is ExitCode.ROLLED_BACK:
+            assert new == 0, (outcomes, states)
+            assert not broken
+        elif end.exit_code is ExitCode.MIXED:
+            assert new or broken, (outcomes, states)
+            assert State.FAILED in states or broken
+        else:
+            assert end.exit_code is ExitCode.PAUSED
+            assert State.FAILED not in states
+            assert not broken
+        assert not {State.MOVING, State.REVERTING} & set(states)
