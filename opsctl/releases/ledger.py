@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opsctl.agent.ledger import Line, tip
+from opsctl.agent.ledger import Line, line_of, tip
 from opsctl.agent.manifest import directory_name
 from opsctl.errors import RefusedError
 from opsctl.fleet.model import Service
@@ -34,7 +34,7 @@ class Wanted:
 
 def wanted(service: Service, lines: Sequence[Mapping[str, Any]], gateway: Sequence[Mapping[str, Any]],
            bundle: Sequence[Mapping[str, Any]]) -> Wanted | None:
-    """What the ledger's last line says; of an empty ledger, ``first_release``; None when neither says anything.
+    """What the ledger's last word is; of an empty ledger, ``first_release``; None when neither says anything.
 
     ``gateway`` and ``bundle`` list releases: ``version``, ``digest``, ``complete``.
 
@@ -43,9 +43,9 @@ def wanted(service: Service, lines: Sequence[Mapping[str, Any]], gateway: Sequen
     """
     there = [release for release in gateway if release["complete"]]
     here = list(bundle)  # one that lost a file is refused with its name, later
-    if lines:
-        last = lines[-1]
-        version, digest = str(last["version"]), str(last["digest"])
+    last = tip([line_of(line) for line in lines])
+    if last is not None:
+        version, digest = last.version, last.digest
     elif service.first_release:
         version = service.first_release
         digests = {str(release["digest"]) for release in (*there, *here) if release["version"] == version}
@@ -57,7 +57,7 @@ def wanted(service: Service, lines: Sequence[Mapping[str, Any]], gateway: Sequen
         return None
     on_gateway = any(release["digest"] == digest for release in there)
     if not on_gateway and all(release["digest"] != digest for release in here):
-        said = "the ledger" if lines else "first_release in services.yml"
+        said = "the ledger" if last else "first_release in services.yml"
         raise RefusedError("release.missing", f"{said} wants {service.name} {version}, and it is neither in the bundle "
                            "nor on the gateway.",
                            hint=f"opsctl model import DIR|FILE|URL --service {service.name} --version {version}")

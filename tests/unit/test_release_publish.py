@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from machines import Machine, Sessions
 from release_kit import Keys, lay_down, make_host, make_keys
 
-from opsctl.agent import host as host_program
 from opsctl.agent.paths import Paths
 from opsctl.engines.events import Event, Note, TaskResult, discard
 from opsctl.engines.session import Completed
@@ -45,7 +43,8 @@ def entry(version: str, digest: str, *, complete: bool = True) -> dict[str, Any]
 
 # Which release a service should have.
 
-LINE = {"version": "v2", "digest": B}
+LINE = {"number": 1, "version": "v2", "digest": B, "at": "2026", "by": "ann@desk"}
+MARKED = {**LINE, "number": 2, "version": "v3", "digest": A, "action": "bad"}
 
 
 @pytest.mark.parametrize(("lines", "gateway", "bundle", "result"), [
@@ -53,6 +52,7 @@ LINE = {"version": "v2", "digest": B}
     ([], [entry("v1", A)], [], Wanted("chat", "v1", A, True, 0)),
     ([], [entry("v1", A)], [entry("v1", A), entry("v2", B)], Wanted("chat", "v1", A, True, 0)),
     ([LINE], [entry("v2", B)], [entry("v1", A)], Wanted("chat", "v2", B, True, 1)),
+    ([LINE, MARKED], [entry("v2", B), entry("v3", A)], [], Wanted("chat", "v2", B, True, 2)),
     ([LINE], [entry("v2", B, complete=False)], [entry("v2", B)], Wanted("chat", "v2", B, False, 1)),
 ])
 def test_the_ledger_decides_and_first_release_only_while_it_is_empty(
@@ -143,35 +143,6 @@ def test_releases_are_listed_side_by_side() -> None:
 # With real opsctl-host verbs, in this process.
 
 
-@dataclass
-class Machine:
-    """A host whose opsctl-host runs here. ``cut`` breaks the next transfer after so many bytes."""
-
-    paths: Paths
-    name: str
-    verbs: list[str] = field(default_factory=list)
-    cut: int = 0
-
-    def run(self, argv: Sequence[str], *, sudo: bool = True, timeout_s: float = 30.0, stdin: bytes = b"") -> Completed:
-        return self.send(argv, [stdin])
-
-    def send(self, argv: Sequence[str], chunks: Iterable[bytes], *, sudo: bool = True, timeout_s: float = 30.0
-             ) -> Completed:
-        if argv[0] == "test":
-            return Completed(0, "", "")
-        self.verbs.append(argv[1])
-        body = b"".join(chunks)
-        if self.cut and argv[1] == "receive":
-            body, self.cut = body[:self.cut], 0
-        out = io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
-            patch.setattr(host_program, "Paths", lambda: self.paths)
-            patch.setattr("os.geteuid", lambda: 0)
-            patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(body)))
-            code = host_program.main(list(argv[1:]))
-        return Completed(code, out.getvalue(), "")
-
-
 @pytest.fixture
 def gateway(tmp_path: Path, keys: Keys) -> Machine:
     return Machine(make_host(tmp_path / "ops-1", keys), "ops-1")
@@ -206,36 +177,6 @@ def test_a_broken_transfer_goes_on(fleet: Fleet, gateway: Machine) -> None:
     sent: list[int] = []
     assert publish(gateway, stored, lambda event: sent.append(event.done), host="ops-1")  # type: ignore[union-attr]
     assert sent[0] == 1_000_000
-
-
-class Sessions:
-    """Stands in for ``Session``: machines by name."""
-
-    def __init__(self, machines: dict[str, Machine]) -> None:
-        self.machines = machines
-
-    def __call__(self, fleet: Fleet, host: Host | str) -> Any:
-        machine = self.machines[host if isinstance(host, str) else host.name]
-
-        class Open:
-            host = fleet.host(machine.name)
-            run, send = machine.run, machine.send
-
-            def __enter__(self) -> Any:
-                return self
-
-            def __exit__(self, *_: object) -> None:
-                pass
-        return Open()
-
-    def on_each(self, fleet: Fleet, hosts: Sequence[Host], function: Any) -> dict[str, Any]:
-        answers: dict[str, Any] = {}
-        for host in hosts:
-            try:
-                answers[host.name] = function(self(fleet, host))
-            except OpsctlError as error:
-                answers[host.name] = error
-        return answers
 
 
 @dataclass
