@@ -238,7 +238,7 @@ class _Mover:
         release, origin = (step.back, step.next) if back else (step.next, step.now)
         self._emit(TaskStarted(f"{step.instance}: {'back ' if back else ''}to {_version(release)}", step.host))
         instance = self._state()
-        if serves(instance):
+        if instance["unit"] == "active":  # an engine that hangs is drained too: requests may be waiting in it
             self._heard(instance)
             self._drain()
         try:
