@@ -43,7 +43,8 @@ def begin(paths: Paths, body: bytes, free_bytes: Callable[[Path], int] | None = 
     and broken is thrown away and taken again.
 
     Raises:
-        RefusedError: unsigned, foreign, tampered, or not enough space for what is missing.
+        RefusedError: unsigned, foreign, tampered, its version's name is taken by another release, or not enough space
+            for what is missing.
     """
     try:
         document = json.loads(body)
@@ -58,6 +59,7 @@ def begin(paths: Paths, body: bytes, free_bytes: Callable[[Path], int] | None = 
     target = releases / signed.directory_name
     if target.is_dir() and not fault_of(target, paths.allowed_signers):
         return {**answer, "accepted": True}
+    _check_version(releases, signed)
     incoming = _incoming(paths, service, signed.directory_name)
     with _only_one(incoming):
         remove_tree(target)  # broken: taken anew
@@ -284,6 +286,15 @@ def _entry(signed: Signed, path: str) -> ReleaseFile:
         if entry.path == path:
             return entry
     raise RefusedError("release.extra_file", f"{path} is not in the manifest.", hint="only what was signed is taken")
+
+
+def _check_version(releases: Path, signed: Signed) -> None:
+    """A version name is taken once, whoever imports, wherever."""
+    for stored in stored_releases(releases):
+        if stored.release.version == signed.release.version and stored.digest != signed.digest:
+            raise RefusedError("release.version_taken", f"{signed.release.service} {signed.release.version} is on the "
+                               "gateway already, and it is another.",
+                               hint="a version name is taken once: import yours under another")
 
 
 def _have(target: Path) -> int:

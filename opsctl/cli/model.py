@@ -26,7 +26,8 @@ Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE"
 
 @app.command("import")
 def import_(
-    source: Annotated[str, typer.Argument(metavar="DIR|FILE|URL", help="The model: safetensors or GGUF.")],
+    source: Annotated[str, typer.Argument(metavar="DIR|FILE|URL|release:VERSION", help="The model: safetensors or "
+                                          "GGUF; or a release whose files get other arguments.")],
     version: Annotated[str, typer.Option("--version", help="Name of the release: v1, v2 ... A name is taken once.")],
     service: ServiceOption = "",
     settings: Settings = None,
@@ -37,30 +38,36 @@ def import_(
 ) -> None:
     """Hash, check and sign a model as a release, in the bundle. Serving is untouched.
 
-    Weights are safetensors or GGUF; pickles are refused. The same content again is nothing to do.
+    Weights are safetensors or GGUF; pickles are refused. The same content again is nothing to do, other content under
+    a taken name is refused. release:v3 takes the files and arguments of v3 and moves no byte.
 
     [dim]$ opsctl model import /data/qwen3-8b.gguf --version v1 --set max_model_len=8192[/dim]
+
+    [dim]$ opsctl model import release:v1 --version v1.1 --set max_model_len=65536[/dim]
     """
     with speaking("model import", as_json=as_json, debug=debug) as speaker:
         from opsctl.cli.views import human_bytes
         from opsctl.fleet.inventory import read_fleet
         from opsctl.releases.importing import Request, import_model
+        from opsctl.releases.publish import published_releases
 
         fleet = read_fleet(find_inventory(inventory))
         name = _service(fleet, service)
-        imported = import_model(Request(
-            source=source, service=name, version=version, settings=tuple(settings or ()),
-            bundle=_bundle(fleet, bundle), key=fleet.directory / "keys" / "release",
-            allowed_signers=_allowed_signers(fleet)), speaker.emit)
+        with published_releases(fleet, speaker.emit) as gateway:
+            imported = import_model(Request(
+                source=source, service=name, version=version, settings=tuple(settings or ()),
+                bundle=_bundle(fleet, bundle), key=fleet.directory / "keys" / "release",
+                allowed_signers=_allowed_signers(fleet), gateway=gateway), speaker.emit)
         release = imported.release
         document = {"changed": imported.changed, "service": name, "version": release.version, "digest": imported.digest,
-                    "directory": str(imported.directory), "files": len(release.files), "bytes": release.size,
+                    "directory": str(imported.directory or ""), "files": len(release.files), "bytes": release.size,
                     "engine": release.engine.directory, "arguments": dict(release.arguments)}
         did = "imported and signed" if imported.changed else "is there already, nothing to do"
         speaker.result(document, f"{name} {release.version}: {did}, {_counted(len(release.files))}, "
                                  f"{human_bytes(release.size)}, engine {release.engine.name} {release.engine.version}\n"
-                                 f"  {imported.directory}\nnext: opsctl provision, when first_release is "
-                                 f"{release.version}")
+                                 f"  {imported.directory or 'on the gateway alone'}\n"
+                                 f"next: opsctl update-model --version {release.version}; in a new fleet opsctl "
+                                 f"provision, when first_release is {release.version}")
 
 
 @app.command("list")
@@ -129,7 +136,7 @@ def _table(releases: list[dict[str, Any]]) -> Table | str:
     for row in releases:
         table.add_row(row["service"], row["version"], row["digest"][:12], human_bytes(row["bytes"]),
                       row["created"][:16].replace("T", " "),
-                      " ".join(row["where"]), "now" if row["now"] else "")
+                      " ".join(row["where"]), " ".join(["now"] * row["now"] + ["bad"] * row["bad"]))
     return table
 
 

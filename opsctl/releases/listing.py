@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opsctl.agent import ledger
+from opsctl.agent.ledger import Line
 from opsctl.agent.progress import Report
 from opsctl.agent.trust import Signed
 from opsctl.engines.session import Session
@@ -28,7 +30,7 @@ def list_releases(fleet: Fleet, services: Sequence[str], bundle: Path) -> Listed
     """Asks bundle and gateway. A gateway that does not answer is no error here."""
     here = {name: [stored.as_document() for stored in releases_of(bundle, name)] for name in services}
     there: dict[str, list[dict[str, Any]]] = {name: [] for name in services}
-    now: dict[str, str] = {}
+    lines: dict[str, tuple[Line, ...]] = {}
     silence = ""
     gateways = fleet.group("gateway")
     try:
@@ -40,19 +42,26 @@ def list_releases(fleet: Fleet, services: Sequence[str], bundle: Path) -> Listed
                     silence = "it is not provisioned yet"
                 for name in services if not silence else ():
                     there[name] = ask(session, ["releases", "--service", name], host=gateways[0].name)["releases"]
-                    lines = ask(session, ["ledger-show", "--service", name], host=gateways[0].name)["lines"]
-                    now[name] = lines[-1]["digest"] if lines else ""
+                    shown = ask(session, ["ledger-show", "--service", name], host=gateways[0].name)["lines"]
+                    lines[name] = tuple(map(ledger.line_of, shown))
     except OpsctlError as error:
         silence = error.message
-    return Listed([row for name in services for row in rows(here[name], there[name], now.get(name, ""))], silence)
+    return Listed([row for name in services for row in rows(here[name], there[name], lines.get(name, ()))], silence)
 
 
-def rows(here: Sequence[Mapping[str, Any]], there: Sequence[Mapping[str, Any]], now: str) -> list[dict[str, Any]]:
-    """One row a release of a service, oldest first. ``where`` is bundle, gateway or both. Pure."""
+def rows(here: Sequence[Mapping[str, Any]], there: Sequence[Mapping[str, Any]], lines: Sequence[Line]
+         ) -> list[dict[str, Any]]:
+    """One row a release of a service, oldest first. ``where`` is bundle, gateway or both. Pure.
+
+    ``now`` is the one that ``lines`` of the ledger say should be served, ``bad`` those that they mark.
+    """
+    tip, bad = ledger.tip(lines), ledger.bad_digests(lines)
     found: dict[str, dict[str, Any]] = {}
     for where, releases in (("bundle", here), ("gateway", there)):
         for release in releases:
-            row = found.setdefault(release["digest"], {**release, "where": [], "now": release["digest"] == now})
+            digest = release["digest"]
+            marks = {"now": tip is not None and digest == tip.digest, "bad": digest in bad}
+            row = found.setdefault(digest, {**release, "where": [], **marks})
             row["where"] = [*row["where"], where]
     return sorted(found.values(), key=lambda row: (row["created"], row["version"]))
 

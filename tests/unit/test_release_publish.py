@@ -14,6 +14,7 @@ import pytest
 from machines import Machine, Sessions
 from release_kit import Keys, lay_down, make_host, make_keys
 
+from opsctl.agent.ledger import Line
 from opsctl.agent.paths import Paths
 from opsctl.engines.events import Event, Note, TaskResult, discard
 from opsctl.engines.session import Completed
@@ -135,9 +136,10 @@ def test_no_answer_is_an_error_too(completed: Completed) -> None:
 
 
 def test_releases_are_listed_side_by_side() -> None:
-    listed = rows([entry("v1", A), entry("v2", B)], [entry("v1", A)], now=A)
-    assert [(row["version"], row["where"], row["now"]) for row in listed] == [
-        ("v1", ["bundle", "gateway"], True), ("v2", ["bundle"], False)]
+    lines = (Line(1, "v1", A, "2026", "ann"), Line(2, "v2", B, "2026", "ann", action="bad"))
+    listed = rows([entry("v1", A), entry("v2", B)], [entry("v1", A)], lines)
+    assert [(row["version"], row["where"], row["now"], row["bad"]) for row in listed] == [
+        ("v1", ["bundle", "gateway"], True, False), ("v2", ["bundle"], False, True)]
 
 
 # With real opsctl-host verbs, in this process.
