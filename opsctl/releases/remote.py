@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from opsctl.engines.session import Completed
@@ -77,10 +77,11 @@ def interpret(completed: Completed, verb: str, host: str) -> dict[str, Any]:
     return document
 
 
-def error_of(error: dict[str, Any], exit_code: int, host: str) -> OpsctlError:
-    """A host's error document as an exception of the same kind."""
+def error_of(error: Mapping[str, Any], exit_code: int, host: str = "") -> OpsctlError:
+    """An error document as an exception of the same kind; ``host`` is put before its sentence, if it is given."""
     kind = KINDS.get(exit_code, OpsctlError)
-    found = kind(str(error.get("code", "host.error")), f"{host}: {error.get('message', '')}",
+    sentence = str(error.get("message", ""))
+    found = kind(str(error.get("code", "host.error")), f"{host}: {sentence}" if host else sentence,
                  hint=str(error.get("hint", "")), log_tail=tuple(map(str, error.get("log_tail", ()))))
     if kind is OpsctlError:
         found.exit_code = ExitCode.UNEXPECTED

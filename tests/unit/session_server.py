@@ -19,8 +19,10 @@ import paramiko
 from opsctl.fleet.known_hosts import HostKey, pin_name
 
 SUDO = {
-    "allowed": '#!/bin/sh\n[ "$1" = -n ] && shift\n[ "$1" = -- ] && shift\nAS_ROOT=yes; export AS_ROOT\nexec "$@"\n',
+    "allowed": '#!/bin/sh\nwhile true; do case "$1" in -n|-H|--) shift;; *) break;; esac; done\n'
+               'AS_ROOT=yes; export AS_ROOT\nexec "$@"\n',
     "refused": "#!/bin/sh\necho 'sudo: ein Passwort ist notwendig' >&2\nexit 1\n",
+    "asking": "#!/bin/sh\necho 'sudo: a password is required' >&2\nexit 1\n",
 }
 
 
@@ -47,6 +49,7 @@ class Server:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.transports: list[paramiko.Transport] = []
+        self.programs: dict[str, Path] = {}  # what runs in place of a program with an absolute path
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
@@ -95,6 +98,8 @@ class _Answers(paramiko.ServerInterface):
         return paramiko.OPEN_SUCCEEDED if kind == "session" else paramiko.OPEN_FAILED_UNKNOWN_CHANNEL_TYPE
 
     def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
+        for program, path in self._server.programs.items():
+            command = command.replace(program.encode(), bytes(path))
         threading.Thread(target=_execute, args=(channel, command, self._server.environment), daemon=True).start()
         return True
 
