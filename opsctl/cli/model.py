@@ -48,11 +48,12 @@ def import_(
     with speaking("model import", as_json=as_json, debug=debug) as speaker:
         from opsctl.cli.views import human_bytes
         from opsctl.fleet.inventory import read_fleet
+        from opsctl.fleet.select import the_service
         from opsctl.releases.importing import Request, import_model
         from opsctl.releases.publish import published_releases
 
         fleet = read_fleet(find_inventory(inventory))
-        name = _service(fleet, service)
+        name = the_service(fleet, service).name
         with published_releases(fleet, speaker.emit) as gateway:
             imported = import_model(Request(
                 source=source, service=name, version=version, settings=tuple(settings or ()),
@@ -105,6 +106,7 @@ def verify(
     with speaking("model verify", as_json=as_json, debug=debug) as speaker:
         from opsctl.cli.views import human_bytes
         from opsctl.fleet.inventory import read_fleet
+        from opsctl.fleet.select import the_service
         from opsctl.releases.listing import verify_version
         from opsctl.releases.store import reporting, verify_all
 
@@ -115,7 +117,7 @@ def verify(
             return reporting(speaker.emit, f"verifying {name}")
 
         if version:
-            found = verify_version(where, _service(fleet, service), version, _allowed_signers(fleet), report)
+            found = verify_version(where, the_service(fleet, service).name, version, _allowed_signers(fleet), report)
         else:
             found = verify_all(where, _allowed_signers(fleet), report, fleet.service(service).name if service else "")
         rows = [{"service": one.release.service, "version": one.release.version, "digest": one.digest,
@@ -142,23 +144,6 @@ def _table(releases: list[dict[str, Any]]) -> Table | str:
 
 def _counted(files: int) -> str:
     return "1 file" if files == 1 else f"{files} files"
-
-
-def _service(fleet: Fleet, name: str) -> str:
-    """The named service, or the only one.
-
-    Raises:
-        UsageError: several, and none was named; or no such service.
-    """
-    from opsctl.errors import UsageError
-
-    if name:
-        return fleet.service(name).name
-    if len(fleet.services) != 1:
-        names = ", ".join(service.name for service in fleet.services)
-        raise UsageError("model.which_service", f"{fleet.services_file} has {len(fleet.services)} services.",
-                         hint=f"say which: --service NAME, one of {names}")
-    return fleet.services[0].name
 
 
 def _bundle(fleet: Fleet, bundle: Path | None) -> Path:

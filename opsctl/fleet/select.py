@@ -7,7 +7,7 @@ import fnmatch
 import re
 
 from opsctl.errors import UsageError
-from opsctl.fleet.model import Fleet, Host
+from opsctl.fleet.model import Fleet, Host, Service
 
 SUBSCRIPT = re.compile(r"(?P<pattern>.+?)\[(?P<first>-?\d+)(?:[:-](?P<last>-?\d*))?\]")
 SEPARATOR = re.compile(r"[,:](?![^\[]*\])")  # not inside [0:2]
@@ -63,3 +63,17 @@ def _subscripted(found: list[str], subscript: re.Match[str]) -> list[str]:
         return found[first:][:1]
     end = int(last) if last else len(found) - 1
     return found[first:end + 1 if end != -1 else None]
+
+
+def the_service(fleet: Fleet, name: str) -> Service:
+    """The service that is named, or the only one.
+
+    Raises:
+        UsageError: ``fleet.which_service``: there are several and none was named; or there is none of that name.
+    """
+    if name:
+        return fleet.service(name)
+    if len(fleet.services) != 1:
+        raise UsageError("fleet.which_service", f"{fleet.services_file} has {len(fleet.services)} services.",
+                         hint="say which: --service NAME, one of " + ", ".join(one.name for one in fleet.services))
+    return fleet.services[0]

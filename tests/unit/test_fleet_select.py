@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from opsctl.errors import ExitCode, UsageError
-from opsctl.fleet.model import Fleet, Host
-from opsctl.fleet.select import select_hosts
+from opsctl.fleet.model import Fleet, Host, Service
+from opsctl.fleet.select import select_hosts, the_service
 
 FLEET = Fleet(
     directory=Path("/fleet"), inventory=Path("/fleet/inventory.ini"), services=(),
@@ -59,3 +60,16 @@ def test_pattern_that_selects_nothing_is_an_error_with_a_hint(limit: str, hint: 
         select_hosts(FLEET, limit)
     assert caught.value.exit_code is ExitCode.USAGE
     assert hint in caught.value.hint
+
+
+def test_a_service_is_named_or_the_only_one() -> None:
+    chat, embed = (Service(name, "gpu", port, listen) for name, port, listen in (("chat", 8100, 8000),
+                                                                                  ("embed", 8200, 8001)))
+    assert the_service(replace(FLEET, services=(chat,)), "") == chat
+    two = replace(FLEET, services=(chat, embed))
+    assert the_service(two, "embed") == embed
+    for name, code in (("", "fleet.which_service"), ("talk", "fleet.no_such_service")):
+        with pytest.raises(UsageError) as caught:
+            the_service(two, name)
+        assert caught.value.code == code
+        assert "chat, embed" in caught.value.hint
