@@ -1,24 +1,37 @@
-"""The state of a fleet as plain rows: what ``opsctl status`` shows. ``rows`` is pure; ``gather`` asks the hosts."""
+"""The state of a fleet as plain rows: what ``opsctl status`` shows. ``rows`` is pure; ``look`` asks the hosts.
+
+The ledger is asked for beside them: a gateway that does not answer keeps nobody waiting, and then nothing is said of
+instances that are behind it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from opsctl.agent import ledger
+from opsctl.agent.ledger import SERVE, Line
 from opsctl.engines.session import Session, on_each
 from opsctl.errors import OpsctlError
 from opsctl.fleet.model import Fleet, Host, Placement
-from opsctl.fleet.placements import place
+from opsctl.fleet.placements import gateway, place
 
 HOST_PROGRAM = "/opt/opsctl/agent/bin/opsctl-host"
 SERVING = "serving"
+LEDGER_PATIENCE_S = 1.0  # beyond what the hosts took
+
+Ledgers = Mapping[str, Sequence[Line]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One instance, or one host without any. ``running`` and ``waiting`` count requests; None: not known."""
+    """One instance, or one host without any. ``running`` and ``waiting`` count requests; None: not known.
+
+    ``weight`` is the part of its requests, in percent, that drains leave it.
+    """
 
     host: str
     groups: tuple[str, ...]
@@ -28,9 +41,17 @@ class Row:
     running: int | None = None
     waiting: int | None = None
     note: str = ""
+    weight: int | None = None
 
     def as_document(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def look(fleet: Fleet, hosts: Sequence[Host]) -> list[Row]:
+    """Asks hosts and gateway at once."""
+    ledgers = Beside(lambda: _ledgers(fleet))
+    states = gather(fleet, hosts)
+    return rows(fleet, hosts, states, ledgers.answer(LEDGER_PATIENCE_S) or {})
 
 
 def gather(fleet: Fleet, hosts: Sequence[Host], timeout_s: float = 15.0) -> dict[str, Mapping[str, Any] | OpsctlError]:
@@ -49,7 +70,39 @@ def gather(fleet: Fleet, hosts: Sequence[Host], timeout_s: float = 15.0) -> dict
     return on_each(fleet, hosts, ask)
 
 
-def rows(fleet: Fleet, hosts: Sequence[Host], states: Mapping[str, Mapping[str, Any] | OpsctlError]) -> list[Row]:
+class Beside:
+    """Calls ``function`` in a thread that nobody has to wait for."""
+
+    def __init__(self, function: Callable[[], Ledgers]) -> None:
+        self._function = function
+        self._answer: Ledgers | None = None
+        self._thread = threading.Thread(target=self._call, name="beside", daemon=True)
+        self._thread.start()
+
+    def answer(self, patience_s: float) -> Ledgers | None:
+        """None: there was none within ``patience_s``, or none at all."""
+        self._thread.join(patience_s)
+        return self._answer
+
+    def _call(self) -> None:
+        try:
+            self._answer = self._function()
+        except OpsctlError:
+            self._answer = None
+
+
+def _ledgers(fleet: Fleet) -> Ledgers:
+    found: dict[str, Sequence[Line]] = {}
+    with Session(fleet, gateway(fleet)) as session:
+        for service in fleet.services:
+            answer = session.run([HOST_PROGRAM, "ledger-show", "--service", service.name])
+            if answer.returncode == 0:
+                found[service.name] = tuple(map(ledger.line_of, json.loads(answer.stdout)["lines"]))
+    return found
+
+
+def rows(fleet: Fleet, hosts: Sequence[Host], states: Mapping[str, Mapping[str, Any] | OpsctlError],
+         ledgers: Ledgers | None = None) -> list[Row]:
     """One row an instance that is placed, and one for each host that serves nothing."""
     placed = place(fleet)
     found: list[Row] = []
@@ -64,18 +117,49 @@ def rows(fleet: Fleet, hosts: Sequence[Host], states: Mapping[str, Mapping[str, 
             found += [Row(host.name, host.groups, placement.instance, state="not provisioned") for placement in mine] \
                 or [Row(host.name, host.groups, state="not provisioned")]
         else:
-            found += [_instance_row(host, placement, state) for placement in mine] or [
+            found += [_instance_row(host, placement, state, (ledgers or {}).get(placement.service, ()))
+                      for placement in mine] or [
                 Row(host.name, host.groups, state="up")]
     return found
 
 
-def _instance_row(host: Host, placement: Placement, state: Mapping[str, Any]) -> Row:
+def _instance_row(host: Host, placement: Placement, state: Mapping[str, Any], lines: Sequence[Line]) -> Row:
     for instance in state["instances"]:
         if instance["instance"] == placement.instance:
-            return Row(host.name, host.groups, placement.instance, instance["release"] or "", instance_state(instance),
-                       instance["running"], instance["waiting"])
+            row = Row(host.name, host.groups, placement.instance, instance["release"] or "", instance_state(instance),
+                      instance["running"], instance["waiting"], weight=instance.get("weight"))
+            return _with_ledger(_with_drains(row, state.get("drains", ())), instance["digest"], lines)
     return Row(host.name, host.groups, placement.instance, state="not provisioned",
                note="the host does not know this instance yet: opsctl provision")
+
+
+def _with_drains(row: Row, drains: Sequence[Mapping[str, Any]]) -> Row:
+    """An instance that serves and gets nothing is ``drained``; who drains it stands in the note."""
+    mine = [drain for drain in drains if drain["instance"] == row.instance]
+    if not mine:
+        return row
+    note = f"{row.host} {row.instance}: " + ", ".join(drain_words(drain) for drain in mine)
+    weight = min(int(drain["weight"]) for drain in mine)
+    return replace(row, state="drained" if weight == 0 and row.state == SERVING else row.state, note=note,
+                   weight=weight)
+
+
+def _with_ledger(row: Row, digest: str, lines: Sequence[Line]) -> Row:
+    """An instance on an earlier release than the ledger's is ``behind``, on one that it does not name ``ahead``."""
+    tip = ledger.tip(lines)
+    if tip is None or not digest or digest == tip.digest:
+        return row
+    served = any(line.digest == digest for line in lines if line.action == SERVE)
+    words = f"{row.host} {row.instance}: the ledger says {tip.version}"
+    return replace(row, state=("behind" if served else "ahead") if row.state == SERVING else row.state,
+                   note=f"{row.note}; the ledger says {tip.version}" if row.note else words)
+
+
+def drain_words(drain: Mapping[str, Any]) -> str:
+    """``0 % by operator:ann (new kernel)``."""
+    why = f" ({drain['reason']})" if drain.get("reason") else ""
+    ends = f", ends in {drain['lease_s']:.0f} s unless renewed" if drain.get("lease_s") is not None else ""
+    return f"{drain['weight']} % by {drain['owner']}{why}{ends}"
 
 
 def instance_state(instance: Mapping[str, Any]) -> str:

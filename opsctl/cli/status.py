@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from opsctl.status import Row
 
 STYLE = {"serving": "green", "up": "green", "starting": "yellow", "draining": "yellow", "no release": "yellow",
+         "drained": "yellow", "behind": "yellow", "ahead": "yellow",
          "not provisioned": "dim", "unreachable": "bold red", "failed": "bold red", "stopped": "bold red",
          "error": "bold red"}
 Watch = Annotated[float, typer.Option("--watch", "-w", help="Redraw every SECONDS until Ctrl-C; 0: print once.",
@@ -25,12 +26,15 @@ Watch = Annotated[float, typer.Option("--watch", "-w", help="Redraw every SECOND
 
 def status(inventory: Inventory = None, limit: Limit = "", watch: Watch = 0.0, as_json: AsJson = False,
            debug: Debug = False) -> None:
-    """Show hosts, groups, instances, releases, state, requests in flight."""
+    """Show hosts, groups, instances, releases, state, requests in flight, and who drains what.
+
+    behind, ahead: an instance serves an earlier release than the ledger says, or one that it does not name.
+    """
     with speaking("status", as_json=as_json, debug=debug) as speaker:
         from opsctl.fleet.inventory import read_fleet
         from opsctl.fleet.select import select_hosts
         from opsctl.fleet.ssh_config import write_ssh_config
-        from opsctl.status import endpoints
+        from opsctl.status import endpoints, look
 
         fleet = read_fleet(find_inventory(inventory))
         hosts = select_hosts(fleet, limit)
@@ -39,23 +43,19 @@ def status(inventory: Inventory = None, limit: Limit = "", watch: Watch = 0.0, a
             _watch(speaker, fleet, hosts, watch)
             return
         with speaker.waiting(f"asking {len(hosts)} hosts"):
-            found = _look(fleet, hosts)
+            found = look(fleet, hosts)
         document = {"inventory": str(fleet.inventory), "endpoints": endpoints(fleet),
                     "rows": [row.as_document() for row in found]}
         speaker.result(document, render(fleet, found))
 
 
-def _look(fleet: Fleet, hosts: tuple[Host, ...]) -> list[Row]:
-    from opsctl.status import gather, rows
-
-    return rows(fleet, hosts, gather(fleet, hosts))
-
-
 def _watch(speaker: Speaker, fleet: Fleet, hosts: tuple[Host, ...], every_s: float) -> None:
-    with Live(render(fleet, _look(fleet, hosts)), console=speaker.out, auto_refresh=False) as live:
+    from opsctl.status import look
+
+    with Live(render(fleet, look(fleet, hosts)), console=speaker.out, auto_refresh=False) as live:
         while True:
             time.sleep(every_s)
-            live.update(render(fleet, _look(fleet, hosts)), refresh=True)
+            live.update(render(fleet, look(fleet, hosts)), refresh=True)
 
 
 def render(fleet: Fleet, found: list[Row]) -> RenderableType:

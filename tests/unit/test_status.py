@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from opsctl.agent.ledger import Line
 from opsctl.errors import OpsctlError, RefusedError
 from opsctl.fleet.model import Fleet, Host, Service
-from opsctl.status import Row, endpoints, instance_state, rows
+from opsctl.status import Beside, Row, endpoints, instance_state, rows
 
 FLEET = Fleet(
     Path("/fleet"), Path("/fleet/inventory.ini"),
@@ -46,6 +49,64 @@ def state(*instances: dict[str, Any]) -> dict[str, Any]:
 ])
 def test_a_row_for_every_instance_and_every_idle_host(answers: dict[str, Any], expected: list[Row]) -> None:
     assert rows(FLEET, FLEET.hosts, answers) == expected
+
+
+DIGESTS = {f"v{number}": f"{number}" * 64 for number in range(4)}
+
+
+def ledger(*versions: str) -> list[Line]:
+    return [Line(number, version, DIGESTS[version], "2026", "ann") for number, version in enumerate(versions, 1)]
+
+
+def drain(weight: int, owner: str, **more: Any) -> dict[str, Any]:
+    return {"instance": "chat.0", "owner": owner, "weight": weight, "reason": "", **more}
+
+
+ANN = drain(0, "operator:ann", reason="new kernel")
+GUARD = drain(30, "guard")
+RUN = drain(0, "run:17", lease_s=88.2)
+
+
+@pytest.mark.parametrize(("version", "unit", "drains", "lines", "expected"), [
+    ("v2", "active", [], ["v1", "v2"], ("serving", "")),
+    ("v2", "active", [], [], ("serving", "")),
+    ("v1", "active", [], ["v1", "v2"], ("behind", "gpu-1 chat.0: the ledger says v2")),
+    ("v3", "active", [], ["v1", "v2"], ("ahead", "gpu-1 chat.0: the ledger says v2")),
+    ("v1", "failed", [], ["v1", "v2"], ("failed", "gpu-1 chat.0: the ledger says v2")),
+    ("v2", "active", [ANN], ["v2"], ("drained", "gpu-1 chat.0: 0 % by operator:ann (new kernel)")),
+    ("v2", "active", [GUARD], ["v2"], ("serving", "gpu-1 chat.0: 30 % by guard")),
+    ("v2", "active", [GUARD, RUN], ["v2"], ("drained", "gpu-1 chat.0: 30 % by guard, 0 % by run:17, ends in 88 s "
+                                                       "unless renewed")),
+    ("v2", "inactive", [ANN], ["v2"], ("stopped", "gpu-1 chat.0: 0 % by operator:ann (new kernel)")),
+    ("v1", "active", [ANN], ["v1", "v2"], ("drained", "gpu-1 chat.0: 0 % by operator:ann (new kernel); the ledger says "
+                                                      "v2")),
+    ("v2", "active", [{**ANN, "instance": "chat.1"}], ["v2"], ("serving", "")),
+])
+def test_drains_and_the_ledger_show(version: str, unit: str, drains: list[dict[str, Any]], lines: list[str],
+                                    expected: tuple[str, str]) -> None:
+    answers = {"gpu-1": {**state(instance(release=version, digest=DIGESTS[version], unit=unit)), "drains": drains}}
+    (row,) = rows(FLEET, FLEET.group("gpu"), answers, {"chat": ledger(*lines)})
+    assert (row.state, row.note) == expected
+    assert row.weight == (min(drain["weight"] for drain in drains) if drains and expected[1] else None)
+
+
+def test_a_gateway_that_does_not_answer_keeps_nobody_waiting() -> None:
+    late = threading.Event()
+
+    def slow() -> dict[str, list[Line]]:
+        late.wait()
+        return {"chat": ledger("v1")}
+    began = time.monotonic()
+    assert Beside(slow).answer(0.05) is None
+    assert time.monotonic() - began < 5
+    late.set()
+
+
+def test_a_gateway_that_fails_is_left_out() -> None:
+    def broken() -> dict[str, list[Line]]:
+        raise OpsctlError("host.connection_lost", "x")
+    assert Beside(broken).answer(5) is None
+    assert Beside(lambda: {"chat": ledger("v1")}).answer(5) == {"chat": ledger("v1")}
 
 
 @pytest.mark.parametrize(("changes", "expected"), [
