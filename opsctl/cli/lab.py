@@ -9,10 +9,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from opsctl.cli import lab_load
 from opsctl.cli.speak import AsJson, Debug, speaking
 
 app = typer.Typer(help="Real machines on this computer: a fleet to try, break and test everything on.",
                   no_args_is_help=True)
+app.command("load", context_settings={"allow_interspersed_args": True})(lab_load.load)
 
 Name = Annotated[str | None, typer.Option("--name", help="Which lab. Default: lab, or the only one there is.",
                                           show_default=False)]
@@ -135,6 +137,7 @@ def restore(label: Label = "snapshot", name: Name = None, as_json: AsJson = Fals
 def model(
     file: Annotated[Path, typer.Argument(help="GGUF file to write.")],
     size: Size = "small",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed, another model of that size.")] = 0,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -143,9 +146,9 @@ def model(
         from opsctl.lab.fleet_files import note_written
         from opsctl.lab.model import write_model
 
-        count = write_model(file, size)
+        count = write_model(file, size, seed)
         note_written(file.absolute())
-        speaker.result({"file": str(file.absolute()), "size": size, "bytes": count},
+        speaker.result({"file": str(file.absolute()), "size": size, "seed": seed, "bytes": count},
                        f"{file}: a random model, {count / 1e6:.1f} MB")
 
 

@@ -10,13 +10,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from opsctl.agent.durable import write_atomically
 from opsctl.errors import RefusedError
-from opsctl.fleet.project import initialise
+from opsctl.fleet.project import ANSIBLE_CFG, GITIGNORE, initialise
 from opsctl.fleet.ssh_config import private_directory
 from opsctl.lab.commands import run
 from opsctl.lab.state import Lab, Machine
@@ -39,9 +39,17 @@ chat:
 """
 
 
+# What the keys and what trusts them will be is not known before they are made. keys/bundle is a folder.
+UNKNOWN_CONTENT = (LOGIN_KEY, f"{LOGIN_KEY}.pub", "keys/release", "keys/release.pub", "keys/bundle",
+                   "trust/allowed_signers", "trust/bundle.asc")
+
+
 @dataclass(frozen=True)
 class Receipt:
-    """What a lab wrote into a fleet directory: relative path -> sha256. ``created``: the directory itself too."""
+    """What a lab wrote into a fleet directory, or is about to write: relative path -> sha256.
+
+    The sha256 is empty of what it is just making. ``created``: the directory itself too.
+    """
 
     lab: str
     created: bool
@@ -113,32 +121,44 @@ def write_fleet(lab: Lab) -> str:
     is kept as ``inventory.ini.old``.
     """
     fleet = lab.fleet
-    receipt = read_receipt(fleet)
-    if receipt is None:
-        receipt = Receipt(lab.name, created=not fleet.exists(), files={})
-        fleet.mkdir(parents=True, exist_ok=True)
-        _save_receipt(fleet, receipt)  # before anything else: whoever dies here is still cleaned up after
-    before = _files(fleet)
+    receipt = read_receipt(fleet) or Receipt(lab.name, created=not fleet.exists(), files={})
+    fleet.mkdir(parents=True, exist_ok=True)
     own = fleet / "inventory.ini"
     text = inventory(lab)
     if own.exists() and own.read_text() != text:
-        if not _unchanged(fleet, "inventory.ini", receipt):
+        if _unchanged(fleet, "inventory.ini", receipt):
+            own.unlink()
+        else:
             own.rename(own.with_name("inventory.ini.old"))
-        write_atomically(own, text)
+    receipt = _promise(lab, receipt, text)  # before anything else: whoever dies here is still cleaned up after
     initialise(fleet, inventory_text=text, services_text=SERVICES)
     key = fleet / LOGIN_KEY
     if not key.exists():
         key.parent.mkdir(mode=0o700, exist_ok=True)
         run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"opsctl-lab-{lab.name}", "-f", key])
-    _write_receipt(lab, receipt, [path for path in _files(fleet) if path not in before] + ["inventory.ini"])
+    _write_receipt(lab, receipt, [path for path, digest in receipt.files.items() if not digest])
     return key.with_name(key.name + ".pub").read_text()
+
+
+def _promise(lab: Lab, receipt: Receipt, inventory_text: str) -> Receipt:
+    """The receipt, on disk, with everything that is about to be written."""
+    texts = {"inventory.ini": inventory_text, "services.yml": SERVICES, ".gitignore": GITIGNORE,
+             "ansible.cfg": ANSIBLE_CFG, "known_hosts": ""}
+    coming = {path: hashlib.sha256(text.encode()).hexdigest() for path, text in texts.items()}
+    coming |= dict.fromkeys(UNKNOWN_CONTENT, "")
+    files = {**receipt.files, **{path: digest for path, digest in coming.items() if not (lab.fleet / path).exists()}}
+    promised = Receipt(lab.name, receipt.created, files)
+    _save_receipt(lab.fleet, promised)
+    return promised
 
 
 def pin_host_keys(lab: Lab, keys: Iterable[tuple[Machine, str]]) -> None:
     """Writes known_hosts: the lab made the keys, so there is nothing to ask the network."""
-    write_atomically(lab.fleet / "known_hosts", known_hosts(keys))
     receipt = read_receipt(lab.fleet)
     assert receipt is not None  # noqa: S101 - write_fleet came before
+    text = known_hosts(keys)
+    _save_receipt(lab.fleet, Receipt(lab.name, receipt.created, {**receipt.files, "known_hosts": ""}))
+    write_atomically(lab.fleet / "known_hosts", text)
     _write_receipt(lab, receipt, ["known_hosts"])
     _give_to_caller(lab.fleet)
 
@@ -159,6 +179,8 @@ def remove_fleet(fleet: Path, lab: str) -> tuple[str, ...]:
     for path in receipt.files:
         if _unchanged(fleet, path, receipt):
             (fleet / path).unlink()
+        elif not receipt.files[path] and (fleet / path).is_dir():
+            shutil.rmtree(fleet / path)
     (fleet / RECEIPT).unlink()
     for name in WORK if receipt.created else (".opsctl",):
         if (fleet / name).is_dir():
@@ -170,7 +192,7 @@ def remove_fleet(fleet: Path, lab: str) -> tuple[str, ...]:
 
 
 def _unchanged(fleet: Path, path: str, receipt: Receipt) -> bool:
-    return (fleet / path).is_file() and receipt.files.get(path) == _digest(fleet / path)
+    return (fleet / path).is_file() and receipt.files.get(path) in ("", _digest(fleet / path))
 
 
 def _digest(path: Path) -> str:
@@ -183,8 +205,11 @@ def _files(fleet: Path) -> frozenset[str]:
                      if path.is_file() and not path.is_symlink() and path != fleet / RECEIPT)
 
 
-def _write_receipt(lab: Lab, receipt: Receipt, written: Iterable[str]) -> None:
-    files = {**receipt.files, **{path: _digest(lab.fleet / path) for path in written}}
+def _write_receipt(lab: Lab, receipt: Receipt, written: Collection[str]) -> None:
+    found = _files(lab.fleet)
+    made = {path: _digest(lab.fleet / path) for path in found
+            if any(path == name or path.startswith(f"{name}/") for name in written)}
+    files = {path: digest for path, digest in receipt.files.items() if path not in written} | made
     _save_receipt(lab.fleet, Receipt(lab.name, receipt.created, files))
 
 

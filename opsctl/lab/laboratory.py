@@ -130,19 +130,20 @@ def _prepare(lab: Lab, emit: Emit) -> Lab:
                       tuple(machine.name for machine in lab.machines)))
     login_key = fleet_files.write_fleet(lab)
     layers.share(lab.places)
+    keys = {machine.name: _host_key(lab, machine) for machine in lab.machines}
+    # before a machine counts as prepared: whoever continues a lab of prepared machines does not come here
+    fleet_files.pin_host_keys(lab, [(machine, _public(keys[machine.name]).read_text()) for machine in lab.machines])
     for machine in lab.machines:
         if not machine.prepared:
-            lab.place(machine).mkdir(parents=True, exist_ok=True)
-            made = machines.prepare(lab, machine, host_key=_host_key(lab, machine), login_key=login_key)
+            made = machines.prepare(lab, machine, host_key=keys[machine.name], login_key=login_key)
             lab = state.save(lab.with_machine(made))
-    keys = [(machine, _public(_host_key(lab, machine)).read_text()) for machine in lab.machines]
-    fleet_files.pin_host_keys(lab, keys)
     return lab
 
 
 def _host_key(lab: Lab, machine: Machine) -> Path:
     """The machine's host key, made once: it is pinned before the machine first boots."""
     key = lab.place(machine) / "ssh_host_ed25519_key"
+    key.parent.mkdir(parents=True, exist_ok=True)
     if not _public(key).exists():
         key.unlink(missing_ok=True)
         run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"root@{machine.name}", "-f", key])

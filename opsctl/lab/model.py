@@ -8,7 +8,7 @@ from typing import Any
 
 from opsctl.errors import RefusedError
 
-SEED = 0  # the same file every time, so that releases made of it have the same digest
+SEED = 0  # one seed writes the same file every time, so that releases made of it have the same digest
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ LETTERS = [bytes([code]) for code in range(ord("a"), ord("z") + 1)]
 VOCABULARY = [b"<unk>", b"<s>", b"</s>", *(f"<0x{byte:02X}>".encode() for byte in range(256)), "▁".encode(), *LETTERS]
 
 
-def write_model(path: Path, size: str) -> int:
-    """Writes a model of ``size`` (a key of ``SHAPES``); returns its bytes.
+def write_model(path: Path, size: str, seed: int = SEED) -> int:
+    """Writes a model of ``size`` (a key of ``SHAPES``); returns its bytes. Another seed is another model of that size.
 
     Raises:
         RefusedError: the Python packages gguf and numpy are not there.
@@ -49,7 +49,7 @@ def write_model(path: Path, size: str) -> int:
     partial = path.with_name(path.name + ".partial")
     writer = gguf.GGUFWriter(partial, "llama")
     _describe(gguf, writer, shape, size)
-    random = numpy.random.default_rng(SEED)
+    random = numpy.random.default_rng(seed)
 
     def noise(*dimensions: int) -> Any:
         return (random.standard_normal(dimensions) * 0.05).astype(numpy.float32)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -71,6 +75,54 @@ def test_what_a_person_made_or_changed_stays(lab: Lab) -> None:
         services.write("# mine\n")
     assert fleet_files.remove_fleet(lab.fleet, "lab") == ("notes.txt", "services.yml")
     assert sorted(path.name for path in lab.fleet.iterdir()) == ["notes.txt", "services.yml"]
+
+
+def killed_at(fleet: Path, folder: Path, call: int) -> None:
+    """A ``lab up`` that loses its life (kill -9) when it calls ssh-keygen for the so-manieth time."""
+    folder.mkdir()
+    keygen = folder / "ssh-keygen"
+    keygen.write_text(f"#!/bin/sh\necho >>{folder}/calls\n"
+                      f"[ $(wc -l <{folder}/calls) -lt {call} ] || {{ kill -9 $PPID; exit; }}\n"
+                      f'exec {shutil.which("ssh-keygen")} "$@"\n')
+    keygen.chmod(0o755)
+    script = ("import sys, pathlib; sys.path.insert(0, sys.argv[1]); import test_lab_fleet_files as t\n"
+              "t.fleet_files.write_fleet(t.a_lab(pathlib.Path(sys.argv[2])))")
+    done = subprocess.run([sys.executable, "-c", script, Path(__file__).parent, fleet], check=False,
+                          env=os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"})
+    assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("was_there", [False, True])
+def test_all_of_a_half_written_one_goes(tmp_path: Path, call: int, was_there: bool) -> None:
+    fleet = tmp_path / "fleet"
+    if was_there:
+        fleet.mkdir()
+        (fleet / "notes.txt").write_text("mine")
+    killed_at(fleet, tmp_path / "bin", call)
+    assert (fleet / "inventory.ini").exists()
+    assert fleet_files.remove_fleet(fleet, "lab") == ()
+    assert [path.name for path in tmp_path.rglob("fleet/*")] == ["notes.txt"] * was_there
+    assert fleet.exists() == was_there
+
+
+def test_a_half_written_one_is_completed_and_then_goes(tmp_path: Path) -> None:
+    killed_at(tmp_path / "fleet", tmp_path / "bin", 2)
+    half = a_lab(tmp_path / "fleet")
+    fleet_files.check_free(half.fleet, "lab", ())
+    fleet_files.write_fleet(half)
+    receipt = fleet_files.read_receipt(half.fleet)
+    assert receipt is not None
+    assert all(receipt.files.values())
+    assert fleet_files.remove_fleet(half.fleet, "lab") == ()
+    assert not half.fleet.exists()
+
+
+def test_the_receipt_names_all_that_is_written(lab: Lab) -> None:
+    receipt = fleet_files.read_receipt(lab.fleet)
+    assert receipt is not None
+    made = {str(path.relative_to(lab.fleet)) for path in lab.fleet.rglob("*") if path.is_file()}
+    assert {path for path in made if not path.startswith(".opsctl/")} == set(receipt.files)
 
 
 def test_a_directory_that_was_there_stays_with_its_own(tmp_path: Path) -> None:

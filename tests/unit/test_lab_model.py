@@ -11,6 +11,8 @@ import pytest
 from opsctl.errors import RefusedError
 from opsctl.lab.model import SHAPES, write_model
 
+DIGEST = "c328a5dccc8d6facf640de953adceb88586e330d9749b0c303e99b54794bcf78"  # of the small model, seed 0
+
 
 def test_a_small_model_is_read_back_and_always_the_same(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
@@ -24,6 +26,20 @@ def test_a_small_model_is_read_back_and_always_the_same(tmp_path: Path) -> None:
     assert reader.get_field("general.architecture").contents() == "llama"
     assert reader.get_field("llama.context_length").contents() == SHAPES["small"].context
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "b.gguf"]
+
+
+def test_another_seed_is_another_model_of_the_same_shape(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    sizes = [write_model(tmp_path / f"{seed}.gguf", "small", seed) for seed in (0, 1)]
+    assert sizes[0] == sizes[1]
+    assert (tmp_path / "0.gguf").read_bytes() != (tmp_path / "1.gguf").read_bytes()
+
+
+def test_the_default_model_is_that_of_earlier_labs(tmp_path: Path) -> None:
+    """A release made of it keeps its digest: whoever imports it again has nothing to do."""
+    pytest.importorskip("gguf")
+    write_model(tmp_path / "a.gguf", "small")
+    assert hashlib.sha256((tmp_path / "a.gguf").read_bytes()).hexdigest() == DIGEST
 
 
 def test_what_writing_needs_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
