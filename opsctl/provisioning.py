@@ -20,6 +20,7 @@ from opsctl.fleet.model import Fleet, Host
 from opsctl.fleet.placements import clashes
 from opsctl.fleet.ssh_config import write_ssh_config
 from opsctl.releases.first_start import bring_up, check_releases
+from opsctl.releases.remote import unreachable
 from opsctl.resources import resource
 
 PREFLIGHT_PLAY = "Preflight"
@@ -139,15 +140,3 @@ def _reach(request: Request, emit: Emit) -> tuple[tuple[Host, ...], tuple[Host, 
         emit(Note(f"left out: {error.message}", "warning", name))
     return (tuple(host for host in request.hosts if host.name not in silent),
             tuple(host for host in request.hosts if host.name in silent))
-
-
-def unreachable(silent: dict[str, OpsctlError]) -> RefusedError:
-    """One refusal for hosts that do not answer, naming the ways on."""
-    names = sorted(silent)
-    return RefusedError(
-        "host.unreachable", f"{', '.join(names)} {'does' if len(names) == 1 else 'do'} not answer over SSH; "
-        "nothing was changed.",
-        hint=f"leave out: --limit '!{names[0]}' or --skip-unreachable {len(names)}; "
-        f"look: ssh -F .opsctl/ssh_config {names[0]}",
-        log_tail=tuple(error.message for error in silent.values()),
-    )

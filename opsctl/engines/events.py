@@ -6,6 +6,7 @@ The live table, the plain log, ``--json`` and the run journal only listen to it;
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -79,6 +80,17 @@ Emit = Callable[[Event], None]
 def as_document(event: Event) -> dict[str, Any]:
     """``{"event": "TaskResult", ...}``: what the journal keeps and ``--events`` streams."""
     return {"event": type(event).__name__, **dataclasses.asdict(event)}
+
+
+def one_at_a_time(emit: Emit) -> Emit:
+    """An ``Emit`` for hosts that are worked on in threads: listeners hear one event after the other."""
+    lock = threading.Lock()
+
+    def locked(event: Event) -> None:
+        with lock:
+            emit(event)
+
+    return locked
 
 
 def discard(_: Event) -> None:

@@ -8,29 +8,25 @@ from __future__ import annotations
 
 import getpass
 import socket
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from opsctl.agent.trust import read_signed
-from opsctl.engines.events import Emit, Event, Note, PhaseStarted, Progress, Status, TaskResult
+from opsctl.engines.events import Emit, Note, Status, TaskResult, one_at_a_time
 from opsctl.engines.session import Session, on_each
-from opsctl.errors import ConfigurationError, MixedError, OpsctlError, RefusedError, RolledBackError
+from opsctl.errors import MixedError, OpsctlError, PausedError, RefusedError, RolledBackError
 from opsctl.fleet.model import Fleet, Host, Service
+from opsctl.fleet.placements import gateway as gateway_of
 from opsctl.releases.ledger import Wanted, wanted
-from opsctl.releases.publish import publish
-from opsctl.releases.remote import ask, error_of, has_agent
-from opsctl.releases.store import find, folders_of, releases_of, reporting, verify_release
+from opsctl.releases.remote import ask, has_agent
+from opsctl.releases.staging import allowed_signers, bring_to_gateway, verified
+from opsctl.releases.store import folders_of, releases_of
+from opsctl.releases.watch import watch
 from opsctl.status import instance_state
 
-WATCH_S = 2.0
 ROTATION_S = 20.0  # the load balancer checks each second and wants two good answers
-RETRY_S = (1.0, 3.0, 10.0, 30.0)  # a switch that restarts is back within a minute
-OUT_OF_REACH = ("host.connection_lost", "host.timed_out", "host.unreachable")
-pause = time.sleep
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ def check_releases(fleet: Fleet, emit: Emit, *, bundle: Path | None = None) -> N
     Raises:
         RefusedError: wanted and nowhere, unsigned, foreign, tampered.
     """
-    gateway = _gateway(fleet)
+    gateway = gateway_of(fleet)
     with Session(fleet, gateway) as session:
         known = has_agent(session)
         for service in fleet.services:
@@ -65,9 +61,9 @@ def check_releases(fleet: Fleet, emit: Emit, *, bundle: Path | None = None) -> N
                 continue
             for directory in folders_of(_bundle(fleet, bundle), service.name, want.version):
                 if want.on_gateway:  # nothing of it will be sent; what is wrong with it is said all the same
-                    read_signed(directory, _allowed_signers(fleet))
+                    read_signed(directory, allowed_signers(fleet))
                 else:
-                    _verified(fleet, directory, emit)
+                    verified(fleet, directory, emit)
 
 
 def bring_up(fleet: Fleet, emit: Emit, *, hosts: Sequence[Host] | None = None, bundle: Path | None = None,
@@ -82,9 +78,9 @@ def bring_up(fleet: Fleet, emit: Emit, *, hosts: Sequence[Host] | None = None, b
         RolledBackError: no instance came up that should have; each is as it was.
         MixedError: some did and some did not.
     """
-    gateway = _gateway(fleet)
+    gateway = gateway_of(fleet)
     chosen = {host.name for host in (fleet.hosts if hosts is None else hosts)}
-    emit = _one_at_a_time(emit)
+    emit = one_at_a_time(emit)
     changed = 0
     rows: list[dict[str, str]] = []
     errors: list[OpsctlError] = []
@@ -162,7 +158,7 @@ def _host(session: Session, want: Wanted, emit: Emit) -> HostResult:
         try:
             where = [instance, "--release", want.release]
             _watched(session, ["first-start", *where], ["first-start-status", *where], f"start {instance}", emit)
-        except RolledBackError as error:
+        except (RolledBackError, PausedError) as error:
             result.errors.append(error)
             emit(TaskResult(host, f"first start of {instance}", "failed", error.message, error.log_tail))
             result.instances.append(_row(host, instance, "", "did not start"))
@@ -212,36 +208,9 @@ def _row(host: str, instance: str, release: str, state: str) -> dict[str, str]:
 
 
 def _watched(session: Session, begin: list[str], look: list[str], subject: str, emit: Emit) -> dict[str, Any]:
-    """Starts a job on the host and watches it by short questions; a broken connection is made anew a few times."""
-    host = session.host.name
-    status = ask(session, [*begin, "--wait-s", "0"], host=host)
-    report = reporting(emit, subject, host)
-    began = time.monotonic()
-    while status["state"] == "running":
-        status = _look(session, [*look, "--wait-s", str(WATCH_S)])
-        if status["total"] and status["phase"] == "fetch":
-            report(status["done"], status["total"])
-        elif status["state"] == "running":
-            seconds = int(time.monotonic() - began)
-            emit(Progress(f"{subject}: {status['phase']}, seconds", seconds, 0, "seconds", host=host))
-    if status["state"] == "failed":
-        raise error_of(status["error"], int(status["error"]["exit_code"]), host)
-    if status["state"] != "done":
-        raise OpsctlError("job.lost", f"{host}: {subject} left no result.", hint="run the same command again")
-    result: dict[str, Any] = status["result"]
-    return result
-
-
-def _look(session: Session, verb: list[str]) -> dict[str, Any]:
-    """Asks until the host can be heard: the job there goes on meanwhile, and to ask changes nothing."""
-    for wait_s in RETRY_S:
-        try:
-            return ask(session, verb, host=session.host.name)
-        except OpsctlError as error:
-            if error.code not in OUT_OF_REACH:
-                raise
-        pause(wait_s)
-    return ask(session, verb, host=session.host.name)
+    """Starts a job on the host and watches it to its end."""
+    first = ask(session, [*begin, "--wait-s", "0"], host=session.host.name)
+    return watch(session, look, subject, emit, first=first)
 
 
 def _wanted(fleet: Fleet, session: Session | None, gateway: Host, service: Service, bundle: Path) -> Wanted | None:
@@ -255,21 +224,14 @@ def _wanted(fleet: Fleet, session: Session | None, gateway: Host, service: Servi
         return wanted(service, lines, there, here)
     except RefusedError:
         for directory in folders_of(bundle, service.name, lines[-1]["version"] if lines else service.first_release):
-            read_signed(directory, _allowed_signers(fleet))  # it is there, and says what is wrong with it
+            read_signed(directory, allowed_signers(fleet))  # it is there, and says what is wrong with it
         raise
 
 
 def _publish(fleet: Fleet, session: Session, gateway: Host, want: Wanted, bundle: Path, emit: Emit) -> int:
     if want.on_gateway:
         return 0
-    stored = find(bundle, want.service, want.version, want.digest)
-    if stored is None:
-        raise AssertionError("wanted() looked for it")
-    emit(PhaseStarted(f"Publish {want.service} {want.version}", (gateway.name,)))
-    _verified(fleet, stored.directory, emit)
-    sent = publish(session, stored, emit, host=gateway.name)
-    emit(TaskResult(gateway.name, f"publish {want.service} {want.version}", "changed" if sent else "ok"))
-    return int(sent)
+    return int(bring_to_gateway(fleet, session, gateway, want.service, want.release, bundle, emit))
 
 
 def _write_ledger(session: Session, gateway: Host, want: Wanted, run: str, emit: Emit) -> int:
@@ -284,32 +246,5 @@ def _write_ledger(session: Session, gateway: Host, want: Wanted, run: str, emit:
     return int(done["changed"])
 
 
-def _verified(fleet: Fleet, directory: Path, emit: Emit) -> None:
-    verify_release(directory, _allowed_signers(fleet), reporting(emit, f"verifying {directory.name}"))
-
-
-def _allowed_signers(fleet: Fleet) -> Path:
-    return fleet.directory / "trust" / "allowed_signers"
-
-
-def _gateway(fleet: Fleet) -> Host:
-    gateways = fleet.group("gateway")
-    if not gateways:
-        raise ConfigurationError("inventory.no_gateway", f"{fleet.inventory}: no host is in the group gateway.",
-                                 hint="one host, any one, keeps releases and ledger: [gateway]")
-    return gateways[0]
-
-
 def _bundle(fleet: Fleet, bundle: Path | None) -> Path:
     return bundle or fleet.directory / "bundle"
-
-
-def _one_at_a_time(emit: Emit) -> Emit:
-    """Hosts are worked on in threads; listeners hear one event after the other."""
-    lock = threading.Lock()
-
-    def locked(event: Event) -> None:
-        with lock:
-            emit(event)
-
-    return locked

@@ -86,3 +86,15 @@ def error_of(error: Mapping[str, Any], exit_code: int, host: str = "") -> Opsctl
     if kind is OpsctlError:
         found.exit_code = ExitCode.UNEXPECTED
     return found
+
+
+def unreachable(silent: Mapping[str, OpsctlError]) -> RefusedError:
+    """One refusal for hosts that do not answer, naming the ways on."""
+    names = sorted(silent)
+    return RefusedError(
+        "host.unreachable", f"{', '.join(names)} {'does' if len(names) == 1 else 'do'} not answer over SSH; "
+        "nothing was changed.",
+        hint=f"leave out: --limit '!{names[0]}' or --skip-unreachable {len(names)}; "
+        f"look: ssh -F .opsctl/ssh_config {names[0]}",
+        log_tail=tuple(error.message for error in silent.values()),
+    )

@@ -23,11 +23,11 @@ from opsctl.errors import ExitCode, MixedError, OpsctlError, PausedError, Refuse
 from opsctl.fleet.model import Fleet, Host, Service
 from opsctl.fleet.placements import clashes, place
 from opsctl.fleet.ssh_config import write_ssh_config
-from opsctl.provisioning import unreachable
 from opsctl.releases import plan as plans
 from opsctl.releases import rollout as rollouts
 from opsctl.releases.books import Books, read_books, write_lines
 from opsctl.releases.plan import Plan, Target
+from opsctl.releases.remote import unreachable
 from opsctl.releases.roll import Rolled, Settings, roll
 from opsctl.releases.rollout import OnFailure, State
 from opsctl.releases.staging import find_release, stage_release

@@ -20,7 +20,7 @@ from opsctl.engines.events import Event, Note, TaskResult, discard
 from opsctl.engines.session import Completed
 from opsctl.errors import LockedError, MixedError, OpsctlError, RefusedError, RolledBackError
 from opsctl.fleet.model import Fleet, Host, Service
-from opsctl.releases import first_start
+from opsctl.releases import first_start, watch
 from opsctl.releases.first_start import bring_up, check_releases, outcome, plan_host
 from opsctl.releases.ledger import Wanted, wanted
 from opsctl.releases.listing import rows, verify_version
@@ -263,7 +263,7 @@ def test_a_connection_that_breaks_while_a_job_is_watched(
         ) -> None:
     pauses: list[float] = []
     machines["gpu-1"].breaks, machines["gpu-1"].breaks_with = times, code
-    monkeypatch.setattr(first_start, "pause", pauses.append)
+    monkeypatch.setattr(watch, "pause", pauses.append)
     if heard:
         assert len(bring_up(fleet, discard)["instances"]) == 2
         assert len(pauses) == times
