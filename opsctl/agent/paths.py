@@ -44,8 +44,8 @@ class Paths:
         return self.root / "var/lib/opsctl"
 
     def undo(self, instance: str) -> Path:
-        """Written before a first start acts, gone when the instance is healthy (``unfinished.py``)."""
-        return self.undos / f"first-start-{instance}.json"
+        """Written before a cutover acts, gone when the instance has passed its gate (``unfinished.py``)."""
+        return self.undos / f"{instance}.json"
 
     @property
     def undos(self) -> Path:
@@ -77,6 +77,11 @@ class Paths:
     def balancer_socket(self) -> Path:
         """HAProxy's own, where there is one."""
         return self.root / "run/haproxy/admin.sock"
+
+    @property
+    def balancer_master(self) -> Path:
+        """The socket of HAProxy's master process, which knows of processes that a reload left behind."""
+        return self.root / "run/haproxy-master.sock"
 
     @property
     def jobs(self) -> Path:

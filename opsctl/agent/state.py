@@ -54,7 +54,7 @@ def state(paths: Paths, run: Run = systemd.run) -> dict[str, Any]:
                       for placement in placements],
         "releases": [stored.as_document() for service in sorted(releases) for stored in releases[service]],
         "holds": [],
-        "drains": [drain for placement in placements for drain in read_drains(paths.drains(placement.instance))],
+        "drains": [drain for placement in placements for drain in read_drains(paths, placement.instance)],
     }
 
 

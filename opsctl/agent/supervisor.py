@@ -14,11 +14,10 @@ import sys
 import time
 from contextlib import suppress
 
-from opsctl.agent import systemd
+from opsctl.agent import systemd, unfinished
 from opsctl.agent.drains import least_weight, read_drains
 from opsctl.agent.paths import Paths
 from opsctl.agent.settings import instance_names, read_settings
-from opsctl.agent.unfinished import of_earlier_boot
 from opsctl.agent.voice import Facts, answer
 from opsctl.errors import OpsctlError
 
@@ -37,8 +36,15 @@ def look(paths: Paths, instance: str, active: str) -> Facts:
         release = str(paths.current(service, int(index)).readlink())
     except (OSError, ValueError):
         release = ""
+    cut_off = unfinished.of_earlier_boot(paths, instance)
     return Facts(placed=True, release=release, active=active, draining=paths.draining(instance).exists(),
-                 unfinished=of_earlier_boot(paths, instance), weight=least_weight(read_drains(paths.drains(instance))))
+                 unfinished=cut_off, tried=not cut_off and has_record(paths, instance),
+                 weight=least_weight(read_drains(paths, instance)))
+
+
+def has_record(paths: Paths, instance: str) -> bool:
+    """Whether the undo of a first start or cutover of ``instance`` is written down."""
+    return paths.undo(instance).exists()
 
 
 class Voice:

@@ -20,7 +20,8 @@ class Facts:
     release: str = ""
     active: str = ""
     draining: bool = False
-    unfinished: bool = False  # its first start ended with an earlier boot: nothing ever saw this release serve
+    unfinished: bool = False  # its start ended with an earlier boot: nothing ever saw this release serve
+    tried: bool = False  # a first start or cutover is at work: no gate has passed yet
     weight: int = 100  # percent; the least over all owners of drains
 
 
@@ -31,8 +32,8 @@ def answer(facts: Facts) -> str:
     if not facts.release:
         return "down #no release"
     if facts.unfinished:
-        return "down #unfinished first start"
-    if facts.active == "deactivating" or (facts.draining and facts.active in (*ALIVE, "")):
+        return "down #unfinished start"
+    if facts.active == "deactivating" or ((facts.draining or facts.tried) and facts.active in (*ALIVE, "")):
         return "up 0%"
     if facts.active in ALIVE or not facts.active:
         # Not knowing the unit is no reason to take an instance away: the load balancer checks the engine itself.

@@ -46,7 +46,11 @@ def host(tmp_path: Path, keys: Keys) -> Paths:
     (Facts(True, "v1", "inactive"), "down #stopped"),
     (Facts(True, "v1", "inactive", draining=True), "down #stopped"),
     (Facts(True, "v1", ""), "up 100%"),
-    (Facts(True, "v1", "active", unfinished=True), "down #unfinished first start"),
+    (Facts(True, "v1", "active", unfinished=True), "down #unfinished start"),
+    (Facts(True, "v1", "active", tried=True), "up 0%"),
+    (Facts(True, "v1", "", tried=True), "up 0%"),
+    (Facts(True, "v1", "activating", tried=True), "down #starting"),
+    (Facts(True, "v1", "failed", tried=True), "down #failed"),
     (Facts(True, "", "active", unfinished=True), "down #no release"),
 ])
 def test_what_is_said(facts: Facts, said: str) -> None:
@@ -150,10 +154,10 @@ def test_systemd_is_asked_in_the_background_and_its_silence_changes_nothing(
 
 
 @pytest.mark.parametrize(("record", "said"), [
-    ('{"instance": "chat.0", "boot": "boot-1"}', "up 100%"),  # it is under way
-    ('{"instance": "chat.0", "boot": "boot-0"}', "down #unfinished first start"),
-    ('{"remove": "/srv"}', "down #unfinished first start"),
-    ("", "down #unfinished first start"),
+    ('{"instance": "chat.0", "boot": "boot-1"}', "up 0%"),  # it is under way
+    ('{"instance": "chat.0", "boot": "boot-0"}', "down #unfinished start"),
+    ('{"remove": "/srv"}', "down #unfinished start"),
+    ("", "down #unfinished start"),
 ])
 def test_what_a_power_cut_left_half_done_gets_nothing(host: Paths, record: str, said: str) -> None:
     host.undos.mkdir(parents=True)
