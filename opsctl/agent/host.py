@@ -1,8 +1,7 @@
 """``opsctl-host``: the verbs of one host, for whoever calls over SSH. One JSON document on stdout, also for an error.
 
-Verbs that only look: ``state``, ``balancer``, ``stage-status``, ``first-start-status``, ``releases``, ``ledger-show``.
-On hosts: ``stage``, ``first-start``, ``recover``. On the gateway: ``release-begin``, ``receive``, ``release-accept``,
-``ledger-append``.
+Here: ``state`` and how a gateway takes releases in. The others stand in files of their own: ``stage_verbs.py``,
+``cutover_verbs.py``, ``traffic_verbs.py``, ``ledger_verbs.py``; ``opsctl-host --help`` lists them all.
 Exit codes are those of ``opsctl`` itself.
 """
 
@@ -16,21 +15,10 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from opsctl.agent import audit, first_start, gateway, job, ledger_verbs, stage_verbs, traffic_verbs
+from opsctl.agent import audit, cutover_verbs, gateway, ledger_verbs, stage_verbs, traffic_verbs
 from opsctl.agent.paths import Paths
 from opsctl.agent.state import agent_version, state
-from opsctl.agent.verbs import (
-    FOR_EVER_S,
-    Act,
-    Arguments,
-    folder,
-    release_of,
-    service,
-    system_error,
-    waiting,
-    watch,
-    work,
-)
+from opsctl.agent.verbs import Act, Arguments, release_of, service, system_error
 from opsctl.errors import ExitCode, OpsctlError, RefusedError
 
 
@@ -70,35 +58,6 @@ def _state(paths: Paths, _: Arguments) -> dict[str, Any]:
     return state(paths)
 
 
-def _first_start(paths: Paths, arguments: Arguments) -> dict[str, Any]:
-    name, verb = _first_start_job(arguments)
-    job.start(paths, name, verb)
-    return watch(paths, name, verb, arguments.wait_s)
-
-
-def _first_start_status(paths: Paths, arguments: Arguments) -> dict[str, Any]:
-    name, verb = _first_start_job(arguments)
-    return watch(paths, name, verb if arguments.release else None, arguments.wait_s, raising=False)
-
-
-def _first_start_job(arguments: Arguments) -> tuple[str, list[str]]:
-    """As ``_stage_job``; one job an instance, whatever the release."""
-    return first_start.job_name(arguments.instance), [
-        "work-first-start", arguments.instance, "--release", arguments.release]
-
-
-def _recover(paths: Paths, _: Arguments) -> dict[str, Any]:
-    done = first_start.recover(paths)
-    if done["changed"]:
-        audit.record("recover", done)
-    return done
-
-
-def _work_first_start(paths: Paths, arguments: Arguments) -> dict[str, Any]:
-    return work(*_first_start_job(arguments), paths, lambda reporter: first_start.first_start(
-        paths, arguments.instance, arguments.release, doing=reporter.doing))
-
-
 def _begin(paths: Paths, _: Arguments) -> dict[str, Any]:
     return gateway.begin(paths, sys.stdin.buffer.read())
 
@@ -129,19 +88,6 @@ def _parser() -> argparse.ArgumentParser:
 
     looked = verb("state", _state, "everything about this host", acts=False)
     looked.add_argument("--json", action="store_true", help="the answer always is JSON")
-    one = verb("first-start", _first_start, "start an instance that has never served, as a unit of its own; watch it")
-    one.add_argument("instance")
-    one.add_argument("--release", required=True, type=folder, metavar="VERSION-DIGEST12")
-    waiting(one, FOR_EVER_S)
-    one = verb("first-start-status", _first_start_status, "how far a first start is", acts=False)
-    one.add_argument("instance")
-    one.add_argument("--release", type=folder, metavar="VERSION-DIGEST12",
-                     help="exit 4 when the first start is on another release")
-    waiting(one, 0)
-    verb("recover", _recover, "undo first starts that a power cut left half done; runs at boot", audited=False)
-    one = verb("work-first-start", _work_first_start, "what the unit of first-start runs", audited=False)
-    one.add_argument("instance")
-    one.add_argument("--release", required=True, type=folder, metavar="VERSION-DIGEST12")
     verb("release-begin", _begin, "gateway: take a manifest and signature on stdin; say which files are missing")
     one = verb("receive", _receive, "gateway: append stdin to a file of a release on its way", audited=False)
     release_of(one)
@@ -151,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     verb("releases", _releases, "gateway: the releases of a service", acts=False).add_argument(
         "--service", required=True, type=service)
     stage_verbs.register(verb)
+    cutover_verbs.register(verb)
     ledger_verbs.register(verb)
     traffic_verbs.register(verb)
     return parser

@@ -10,6 +10,7 @@ result of another verb for that of his own.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from opsctl.errors import LockedError, OpsctlError
 
 POLL_S = 0.2
 SCHEMA = "opsctl.job/v1"
+GENTLY = ("Nice=10",)  # work that has time
 
 
 def worker_arguments(verb: Sequence[str]) -> list[str]:
@@ -36,14 +38,21 @@ def description(verb: Sequence[str]) -> str:
     return f"opsctl {' '.join(verb)}"
 
 
-def run_arguments(name: str, verb: Sequence[str]) -> list[str]:
+def run_arguments(name: str, verb: Sequence[str], properties: Sequence[str] = GENTLY) -> list[str]:
     """A unit that stays for as long as it works, and leaves its name free even when it fails."""
     return ["systemd-run", "--quiet", "--collect", f"--unit={name}.service", f"--description={description(verb)}",
-            "--service-type=exec", "--property=UMask=0022", "--property=Nice=10", "--", *worker_arguments(verb)]
+            "--service-type=exec", "--property=UMask=0022", *(f"--property={one}" for one in properties), "--",
+            *worker_arguments(verb)]
 
 
-def start(paths: Paths, name: str, verb: Sequence[str], run: Run = systemd.run) -> bool:
-    """Starts the job ``name``, or finds it running; True when it was started now.
+def undone_by(verb: Sequence[str], timeout_s: float) -> tuple[str, ...]:
+    """Unit properties: systemd runs ``opsctl-host VERB`` when the worker has ended, however that was, for so long."""
+    return (f"ExecStopPost={shlex.join(worker_arguments(verb))}", f"TimeoutStopSec={timeout_s:.0f}")
+
+
+def start(paths: Paths, name: str, verb: Sequence[str], run: Run = systemd.run, properties: Sequence[str] = GENTLY
+          ) -> bool:
+    """Starts the job ``name``, or finds it running; True when it was started now. ``properties``: of its unit.
 
     Raises:
         LockedError: it runs for another verb.
@@ -57,7 +66,7 @@ def start(paths: Paths, name: str, verb: Sequence[str], run: Run = systemd.run) 
                 raise _other(name, unit.description)
             return False
         _status_file(paths, name).unlink(missing_ok=True)
-        done = run(run_arguments(name, verb))
+        done = run(run_arguments(name, verb, properties))
         if done.returncode:
             raise OpsctlError("job.not_started", f"systemd did not start {name}: {done.stderr.strip()}.",
                               hint="systemctl status", log_tail=done.stderr.splitlines())
@@ -75,7 +84,7 @@ def look(paths: Paths, name: str, run: Run = systemd.run) -> dict[str, Any]:
     if status["state"] == "running":
         error = OpsctlError("job.died", f"{name} ended without a result.", hint=f"journalctl -u {name}",
                             log_tail=systemd.log_tail(f"{name}.service", run=run))
-        return {**status, "state": "failed", "error": {**error.as_document(), "exit_code": int(error.exit_code)}}
+        return {**status, "state": "failed", "error": _error(error)}
     return status
 
 
@@ -84,7 +93,7 @@ def wait(paths: Paths, name: str, verb: Sequence[str] | None, timeout_s: float,
          pause: Callable[[float], None] = time.sleep) -> dict[str, Any]:
     """Watches until the job is no longer running or ``timeout_s`` is over; ``heard`` gets every change.
 
-    ``verb``: only this one's status; None: whichever the job ran last.
+    ``verb``: only the status of one that begins like this; None: whichever the job ran last.
 
     Raises:
         LockedError: the job runs, or ran, another verb.
@@ -93,7 +102,7 @@ def wait(paths: Paths, name: str, verb: Sequence[str] | None, timeout_s: float,
     last: dict[str, Any] = {}
     while True:
         status = look(paths, name, run)
-        if verb is not None and status["verb"] not in ([], list(verb)):
+        if verb is not None and status["verb"] and status["verb"][:len(verb)] != list(verb):
             raise _other(name, description(status["verb"]))
         if status != last:
             heard(status)
@@ -101,6 +110,17 @@ def wait(paths: Paths, name: str, verb: Sequence[str] | None, timeout_s: float,
         if status["state"] != "running" or clock() >= deadline:
             return status
         pause(POLL_S)
+
+
+def close(paths: Paths, name: str, error: OpsctlError) -> None:
+    """Says how a job ended whose worker cannot, or whose own word is not the last."""
+    status = {**(_read(_status_file(paths, name)) or _document(name)), "state": "failed"}
+    write_atomically(_status_file(paths, name), json.dumps({**status, "error": _error(error)}))
+
+
+def last_word(paths: Paths, name: str) -> dict[str, Any]:
+    """What the worker wrote last, whether or not it still runs."""
+    return _read(_status_file(paths, name)) or {**_document(name), "state": "none"}
 
 
 class Reporter:
@@ -126,7 +146,7 @@ class Reporter:
         self._write()
 
     def failed(self, error: OpsctlError) -> None:
-        self._status.update(state="failed", error={**error.as_document(), "exit_code": int(error.exit_code)})
+        self._status.update(state="failed", error=_error(error))
         self._write()
 
     def _write(self) -> None:
@@ -136,6 +156,10 @@ class Reporter:
 def _document(name: str) -> dict[str, Any]:
     return {"schema": SCHEMA, "job": name, "verb": [], "state": "running", "phase": "", "done": 0,
             "total": 0}
+
+
+def _error(error: OpsctlError) -> dict[str, Any]:
+    return {**error.as_document(), "exit_code": int(error.exit_code)}
 
 
 def _other(name: str, what: str) -> LockedError:

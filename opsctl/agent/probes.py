@@ -1,12 +1,15 @@
-"""Asks an engine on this host: is it well, what is in flight, under which names does it serve."""
+"""Asks an engine on this host: is it well, what is in flight, what are its names, what does it complete."""
 
 from __future__ import annotations
 
 import http.client
 import json
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from opsctl.agent.settings import Placement
 from opsctl.serving.adapter import Adapter, metric
@@ -15,12 +18,39 @@ TIMEOUT_S = 2.0
 LIMIT_BYTES = 4 * 1024 * 1024
 
 
+READ_BYTES = 65536
+
+
 @dataclass(frozen=True)
 class Answer:
     """An HTTP answer; status 0 when there was none."""
 
     status: int
     text: str = ""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds: how long an engine may say nothing, and how long a whole answer may take."""
+
+    silence_s: float
+    total_s: float
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A request and its answer as it arrived: (seconds since the request, bytes) of each read.
+
+    ``status`` is 0 when there was no answer; ``problem`` says why there was none, or why it broke off.
+    """
+
+    status: int
+    batches: tuple[tuple[float, bytes], ...] = ()
+    problem: str = ""
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(data for _, data in self.batches)
 
 
 def ask(placement: Placement, path: str, timeout_s: float = TIMEOUT_S) -> Answer:
@@ -59,3 +89,40 @@ def names_in(models: str) -> frozenset[str]:
 
 def served_names(placement: Placement) -> frozenset[str]:
     return names_in(ask(placement, "/v1/models").text)
+
+
+def post(placement: Placement, path: str, body: Mapping[str, Any], patience: Patience) -> Exchange:
+    """POSTs a JSON document to the engine of an instance and takes the answer as it comes; never raises.
+
+    Ends at ``patience`` whatever the engine does: one that trickles is as ill as one that hangs.
+    """
+    began = time.monotonic()
+    status = 0
+    batches: list[tuple[float, bytes]] = []
+    connection = http.client.HTTPConnection(placement.address, placement.port, timeout=patience.silence_s)
+    try:
+        connection.connect()
+        channel = connection.sock  # http.client forgets it when the answer will end with the connection
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        status, size = response.status, 0
+        while not response.isclosed():
+            left = began + patience.total_s - time.monotonic()
+            if left <= 0:
+                return Exchange(status, tuple(batches), f"not done after {patience.total_s:.0f} s")
+            channel.settimeout(min(patience.silence_s, left))
+            data = response.read1(READ_BYTES)
+            if not data:
+                break
+            size += len(data)
+            if size > LIMIT_BYTES:
+                return Exchange(status, tuple(batches), f"more than {LIMIT_BYTES} bytes")
+            batches.append((time.monotonic() - began, data))
+    except TimeoutError:
+        return Exchange(status, tuple(batches), f"silent for {patience.silence_s:.0f} s, given up after "
+                        f"{time.monotonic() - began:.0f} s")
+    except (OSError, http.client.HTTPException) as error:
+        return Exchange(status, tuple(batches), f"the connection failed: {error or type(error).__name__}")
+    finally:
+        connection.close()
+    return Exchange(status, tuple(batches))

@@ -1,7 +1,7 @@
-"""The records of first starts that are under way or were cut off: ``/var/lib/opsctl/undo/first-start-<instance>.json``.
+"""The records of cutovers that are under way or were cut off: ``/var/lib/opsctl/undo/<instance>.json``.
 
-A record of this boot may belong to a job that runs; one of an earlier boot belongs to nobody. Who works on an instance
-holds the lock beside its record, which ends with its process.
+A first start is a cutover from nothing. A record of this boot may belong to a worker that runs; one of an earlier boot
+belongs to nobody. Who works on an instance holds the lock beside its record, which ends with its process.
 """
 
 from __future__ import annotations
@@ -9,16 +9,54 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from opsctl.agent.durable import locked, write_atomically
+from opsctl.agent.durable import locked, remove_durably, write_atomically
 from opsctl.agent.paths import Paths
+from opsctl.errors import OpsctlError
 
-PREFIX = "first-start-"
+SUFFIX = ".json"
 
 
-def write(paths: Paths, instance: str) -> None:
-    document = {"instance": instance, "boot": boot(paths)}
-    write_atomically(paths.undo(instance), json.dumps(document))
+@dataclass(frozen=True)
+class Record:
+    """What undoes a cutover. ``from_release`` is empty for a first start; ``ran``: the unit ran before it."""
+
+    instance: str
+    from_release: str
+    to_release: str
+    owner: str = ""
+    ran: bool = True
+
+
+def write(paths: Paths, record: Record) -> None:
+    document = {"instance": record.instance, "from": record.from_release, "to": record.to_release,
+                "owner": record.owner, "ran": record.ran, "boot": boot(paths)}
+    write_atomically(paths.undo(record.instance), json.dumps(document))
+
+
+def read(paths: Paths, instance: str) -> Record | None:
+    """The record of ``instance``, None when nothing is to be undone.
+
+    Raises:
+        OpsctlError: ``cutover.bad_record``: it is there and cannot be read; only a person knows what was served.
+    """
+    path = paths.undo(instance)
+    try:
+        document = json.loads(path.read_bytes())
+        return Record(instance, str(document["from"]), str(document["to"]), str(document["owner"]),
+                      bool(document["ran"]))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        service, _, index = instance.rpartition(".")
+        raise OpsctlError("cutover.bad_record", f"{path} cannot be read: what {instance} served before is not known.",
+                          hint=f"point {paths.services / service / f'current.{index}'} at the release that should "
+                          "serve, then remove that file") from None
+
+
+def remove(paths: Paths, instance: str) -> None:
+    remove_durably(paths.undo(instance))
 
 
 def boot(paths: Paths) -> str:
@@ -26,7 +64,7 @@ def boot(paths: Paths) -> str:
 
 
 def of_earlier_boot(paths: Paths, instance: str) -> bool:
-    """Whether the first start of ``instance`` was cut off by the machine's end. A record without a boot is old."""
+    """Whether a cutover of ``instance`` was cut off by the machine's end. A record without a boot is old."""
     try:
         record = json.loads(paths.undo(instance).read_bytes())
     except FileNotFoundError:
@@ -38,11 +76,12 @@ def of_earlier_boot(paths: Paths, instance: str) -> bool:
 
 def instances(paths: Paths) -> list[str]:
     """All that have a record, in the order of their names."""
-    return sorted(path.stem.removeprefix(PREFIX) for path in paths.undos.glob(f"{PREFIX}*.json"))
+    return sorted(path.name.removesuffix(SUFFIX) for path in paths.undos.glob(f"*{SUFFIX}")
+                  if not path.name.startswith("."))
 
 
 @contextmanager
 def held(paths: Paths, instance: str, *, wait: bool = True) -> Iterator[bool]:
     """Yields False when ``wait`` is off and another works on the instance."""
-    with locked(paths.undos / f".{PREFIX}{instance}.lock", wait=wait) as mine:
+    with locked(paths.undos / f".{instance}.lock", wait=wait) as mine:
         yield mine

@@ -1,64 +1,27 @@
-"""Jobs, first starts, launching and the host's state, against a systemd that is played."""
+"""Jobs, launching and the host's state, against a systemd that is played."""
 
 from __future__ import annotations
 
 import errno
 import io
 import json
-import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from release_kit import ENGINE, Keys, Web, build_environment, lay_down, make_host, make_keys, serving
+from systemd_kit import Systemd
 
+from opsctl.agent import cutover, job, launch, stage, systemd
 from opsctl.agent import host as host_program
-from opsctl.agent import job, launch, stage, systemd
-from opsctl.agent.first_start import first_start, recover
 from opsctl.agent.paths import Paths
 from opsctl.agent.state import state
-from opsctl.errors import LockedError, OpsctlError, RefusedError, RolledBackError
+from opsctl.errors import LockedError
 
 UNIT = "inference@chat.0.service"
-
-
-@dataclass
-class Systemd:
-    """Plays systemd: units are active or not; ``on`` reacts to an order."""
-
-    units: dict[str, str] = field(default_factory=dict)
-    restarts: int = 0
-    about: dict[str, str] = field(default_factory=dict)
-    log: list[str] = field(default_factory=list)
-    orders: list[list[str]] = field(default_factory=list)
-    on: Callable[[list[str]], None] = lambda _: None
-
-    def __call__(self, argv: Sequence[str], timeout_s: float = 0) -> subprocess.CompletedProcess[str]:
-        self.orders.append(list(argv))
-        text = ""
-        if argv[:2] == ["systemctl", "show"]:
-            text = "\n\n".join(
-                f"Id={unit}\nLoadState=loaded\nActiveState={self.units.get(unit, 'inactive')}\nSubState=running\n"
-                f"NRestarts={self.restarts}\nActiveEnterTimestamp=n/a\n"
-                f"Description={self.about.get(unit, '')}" for unit in argv[argv.index("--") + 1:])
-        elif argv[:2] == ["systemctl", "start"]:
-            self.units[argv[-1]] = "active"
-        elif argv[:2] == ["systemctl", "stop"]:
-            self.units[argv[-1]] = "inactive"
-        elif argv[0] == "systemd-run":
-            given = dict(word.partition("=")[::2] for word in argv if word.startswith("--"))
-            self.units[given["--unit"]], self.about[given["--unit"]] = "active", given["--description"]
-        elif argv[0] == "journalctl":
-            text = "\n".join(self.log)
-        self.on(list(argv))
-        return subprocess.CompletedProcess(argv, 0, text, "")
-
-    def ordered(self, verb: str) -> bool:
-        return any(argv[:2] == ["systemctl", verb] for argv in self.orders)
 
 
 @pytest.fixture(scope="module")
@@ -92,153 +55,8 @@ def serve(engine: Web, *names: str) -> None:
         "/metrics": b"llamacpp:requests_processing 3\nllamacpp:requests_deferred 1\n"})
 
 
-def start(host: Paths, release: str, units: Systemd) -> dict[str, Any]:
-    clock = iter(range(1000))
-    return first_start(host, "chat.0", release, run=units, clock=lambda: float(next(clock)), pause=lambda _: None)
-
-
 def current(host: Paths) -> Path:
     return host.services / "chat" / "current.0"
-
-
-def test_a_first_start(host: Paths, engine: Web, release: str) -> None:
-    serve(engine, "chat", f"chat@{release}")
-    units = Systemd()
-    assert start(host, release, units) == {"changed": True, "instance": "chat.0", "release": release}
-    assert current(host).readlink() == Path(f"releases/{release}")
-    assert units.units[UNIT] == "active"
-    assert not host.undo("chat.0").exists()
-
-
-def test_an_instance_that_has_served_is_left_alone(host: Paths, engine: Web, release: str) -> None:
-    current(host).symlink_to("releases/v0-000000000000")
-    units = Systemd()
-    assert start(host, release, units) == {"changed": False, "instance": "chat.0", "release": "v0-000000000000"}
-    assert units.orders == []
-
-
-@pytest.mark.parametrize("failure", ["dies", "restarts", "never healthy", "another release answers"])
-def test_what_does_not_come_up_is_undone_and_its_log_is_told(host: Paths, engine: Web, release: str, failure: str
-                                                             ) -> None:
-    units = Systemd(log=["loading model", "boom"])
-    if failure == "dies":
-        units.on = lambda argv: units.units.update({UNIT: "failed"}) if argv[1] == "start" else None
-    elif failure == "restarts":
-        units.restarts = 1
-    elif failure == "another release answers":
-        serve(engine, "chat", "chat@v0-000000000000")
-    with pytest.raises(RolledBackError) as error:
-        start(host, release, units)
-    assert error.value.log_tail == ("loading model", "boom")
-    assert int(error.value.exit_code) == 6
-    assert units.ordered("stop")
-    assert not current(host).is_symlink()
-    assert not host.undo("chat.0").exists()
-
-
-def test_the_undo_is_written_before_the_first_act(host: Paths, engine: Web, release: str) -> None:
-    def power_cut(argv: list[str]) -> None:
-        if argv[1] == "start":
-            raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        start(host, release, Systemd(on=power_cut))
-    assert host.undo("chat.0").exists()
-    assert current(host).is_symlink()
-    serve(engine, "chat", f"chat@{release}")
-    units = Systemd({UNIT: "active"})
-    assert start(host, release, units)["changed"]  # and not "it has served before"
-    assert units.ordered("stop")
-
-
-def cut_off(host: Paths, release: str) -> None:
-    """A first start in the middle of which everything ended."""
-    def power_cut(argv: list[str]) -> None:
-        if argv[1] == "start":
-            raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        start(host, release, Systemd(on=power_cut))
-    assert current(host).is_symlink()
-
-
-def test_after_a_power_cut_the_first_start_is_undone_at_boot(host: Paths, release: str) -> None:
-    cut_off(host, release)
-    host.boot_id.write_text("boot-2\n")
-    units = Systemd()
-    assert recover(host, run=units) == {"changed": True, "undone": ["chat.0"]}
-    assert not current(host).is_symlink()
-    assert not host.undo("chat.0").exists()
-    assert not units.ordered("stop")  # nothing runs yet, and what waits in the queue may wait
-    assert recover(host, run=Systemd()) == {"changed": False, "undone": []}
-
-
-def test_what_runs_already_is_stopped_before_its_release_goes(host: Paths, release: str) -> None:
-    cut_off(host, release)
-    host.boot_id.write_text("boot-2\n")
-    (host.placements / "chat.0.toml").unlink()  # the instance left meanwhile
-    units = Systemd({UNIT: "active"}, on=lambda argv: current(host).readlink() if argv[1] == "stop" else None)
-    assert recover(host, run=units)["changed"]
-    assert units.ordered("stop")
-
-
-def test_a_first_start_of_this_boot_is_left_alone(host: Paths, release: str) -> None:
-    cut_off(host, release)
-    units = Systemd()
-    assert not recover(host, run=units)["changed"]
-    assert current(host).is_symlink()
-    assert units.orders == []
-
-
-def test_a_first_start_that_runs_is_left_alone(host: Paths, engine: Web, release: str) -> None:
-    cut_off(host, release)
-    host.boot_id.write_text("boot-2\n")
-    serve(engine, "chat", f"chat@{release}")
-    recovered: list[dict[str, Any]] = []
-
-    def meanwhile(argv: list[str]) -> None:
-        if argv[1] == "start":
-            host.boot_id.write_text("boot-3\n")
-            recovered.append(recover(host, run=Systemd()))
-    start(host, release, Systemd(on=meanwhile))
-    assert recovered == [{"changed": False, "undone": []}]
-    assert current(host).is_symlink()
-
-
-def test_a_unit_that_does_not_stop_keeps_its_record(host: Paths, release: str) -> None:
-    cut_off(host, release)
-    host.boot_id.write_text("boot-2\n")
-
-    def refuses(argv: Sequence[str], timeout_s: float = 0) -> subprocess.CompletedProcess[str]:
-        done = Systemd({UNIT: "active"})(argv)
-        return subprocess.CompletedProcess(argv, 1, "", "no") if argv[1] == "stop" else done
-    with pytest.raises(OpsctlError) as error:
-        recover(host, run=refuses)
-    assert error.value.code == "instance.not_stopped"
-    assert host.undo("chat.0").exists()
-
-
-def test_a_journal_that_cannot_be_read_keeps_nothing_from_being_undone(host: Paths, release: str) -> None:
-    def ill(argv: list[str]) -> None:
-        if argv[0] == "journalctl":
-            raise OpsctlError("host.systemd", "journalctl could not be run.")
-    units = Systemd(restarts=1, on=ill)
-    with pytest.raises(RolledBackError):
-        start(host, release, units)
-    assert units.ordered("stop")
-    assert not current(host).is_symlink()
-
-
-def test_recovering_is_a_verb(host: Paths, release: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_program, "Paths", lambda: host)
-    monkeypatch.setattr("os.geteuid", lambda: 0)
-    assert said(["recover"]) == (0, {"changed": False, "undone": []})
-
-
-def test_a_release_that_is_not_staged(host: Paths) -> None:
-    units = Systemd()
-    with pytest.raises(RefusedError) as error:
-        start(host, "v9-000000000000", units)
-    assert error.value.code == "release.not_staged"
-    assert units.orders == []
 
 
 # opsctl-launch
@@ -324,8 +142,8 @@ def test_a_job_runs_as_a_unit_and_is_found_again(host: Paths) -> None:
     assert job.look(host, "opsctl-stage-chat-v1", units)["result"] == {"changed": True}
 
 
-def first_start_verb(release: str) -> list[str]:
-    return ["work-first-start", "chat.0", "--release", release]
+def cutover_verb(release: str) -> list[str]:
+    return ["work-cutover", "chat.0", "--release", release, "--from", "none", "--min-speed-percent", "50"]
 
 
 V1, V2 = "v1-000000000000", "v2-000000000000"
@@ -333,9 +151,9 @@ V1, V2 = "v1-000000000000", "v2-000000000000"
 
 def test_a_job_that_runs_for_another_release_is_named_and_not_joined(host: Paths) -> None:
     units = Systemd()
-    job.start(host, "j", first_start_verb(V1), units)
+    job.start(host, "j", cutover_verb(V1), units)
     with pytest.raises(LockedError) as error:
-        job.start(host, "j", first_start_verb(V2), units)
+        job.start(host, "j", cutover_verb(V2), units)
     assert V1 in error.value.message
     assert int(error.value.exit_code) == 4
 
@@ -343,14 +161,14 @@ def test_a_job_that_runs_for_another_release_is_named_and_not_joined(host: Paths
 @pytest.mark.parametrize("ended", [False, True])
 def test_nobody_gets_the_result_of_another_release(host: Paths, ended: bool) -> None:
     units = Systemd()
-    job.start(host, "j", first_start_verb(V1), units)
-    reporter = job.Reporter(host, "j", first_start_verb(V1))
+    job.start(host, "j", cutover_verb(V1), units)
+    reporter = job.Reporter(host, "j", cutover_verb(V1))
     if ended:
         reporter.finished({"changed": True})
         units.units.clear()
     with pytest.raises(LockedError, match=V1):
-        job.wait(host, "j", first_start_verb(V2), 0.0, lambda _: None, units)
-    assert job.wait(host, "j", first_start_verb(V1), 0.0, lambda _: None, units)["state"] == (
+        job.wait(host, "j", cutover_verb(V2), 0.0, lambda _: None, units)
+    assert job.wait(host, "j", cutover_verb(V1), 0.0, lambda _: None, units)["state"] == (
         "done" if ended else "running")
 
 
@@ -373,7 +191,7 @@ def test_a_first_start_beside_another_one_ends_with_locked(host: Paths, monkeypa
     code, document = said(["first-start", "chat.0", "--release", V2, "--wait-s", "0"])
     assert (code, document["error"]["code"]) == (4, "job.other")
     assert said(["first-start-status", "chat.0"])[1]["given"] is None
-    assert said(["first-start-status", "chat.0", "--release", V2])[1]["given"] == first_start_verb(V2)
+    assert said(["first-start-status", "chat.0", "--release", V2])[1]["given"] == cutover_verb(V2)[:4]
 
 
 def test_a_job_that_died_is_told_with_its_log(host: Paths) -> None:
@@ -447,9 +265,9 @@ def test_whatever_happens_is_one_document(host: Paths, monkeypatch: pytest.Monke
 def test_a_worker_on_a_full_disk_leaves_a_status(host: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_program, "Paths", lambda: host)
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    monkeypatch.setattr(host_program.first_start, "first_start", failing(OSError(errno.ENOSPC, "full")))
-    assert said(["work-first-start", "chat.0", "--release", "v1-000000000000"])[0] == 1
-    status = job.look(host, "opsctl-first-start-chat.0", Systemd())
+    monkeypatch.setattr(cutover, "cutover", failing(OSError(errno.ENOSPC, "full")))
+    assert said(["work-cutover", "chat.0", "--release", V1, "--from", "none"])[0] == 1
+    status = job.look(host, "opsctl-cutover@chat.0", Systemd())
     assert (status["state"], status["error"]["code"]) == ("failed", "host.disk_full")
 
 
