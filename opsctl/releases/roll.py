@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from opsctl.engines.events import Emit, Note, PhaseStarted, Progress, TaskResult, TaskStarted
-from opsctl.engines.pyinfra import Order, carry_out
+from opsctl.engines.events import Emit, Note, PhaseStarted, Progress, TaskResult, TaskStarted, one_at_a_time
+from opsctl.engines.pyinfra import Order, Worker, carry_out
 from opsctl.engines.session import Session, on_each
 from opsctl.errors import (
     ConfigurationError,
@@ -80,7 +80,7 @@ class Rolled:
 
 def roll(fleet: Fleet, service: Service, rollout: Rollout, settings: Settings, emit: Emit) -> Rolled:
     """Carries ``rollout`` out to its end, whatever that is; raises only on Ctrl-C and on a broken computer."""
-    return _Conductor(fleet, service, settings, emit).run(rollout)
+    return _Conductor(fleet, service, settings, one_at_a_time(emit)).run(rollout)
 
 
 class _Conductor:
@@ -217,12 +217,14 @@ class _Mover:
         self._host: Host = fleet.host(step.host)
         self._session = Session(fleet, self._host)
         self._balancers: Balancers = balancers(fleet)
+        self._worker = Worker()
         self._out_since: float | None = None
 
     def __enter__(self) -> _Mover:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._worker.close()
         self._session.close()
         self._balancers.close()
 
@@ -237,6 +239,7 @@ class _Mover:
         step = self._step
         release, origin = (step.back, step.next) if back else (step.next, step.now)
         self._emit(TaskStarted(f"{step.instance}: {'back ' if back else ''}to {_version(release)}", step.host))
+        self._worker.prepare()  # its imports are done by the time that the instance is drained
         instance = self._state()
         if instance["unit"] == "active":  # an engine that hangs is drained too: requests may be waiting in it
             self._heard(instance)
@@ -346,7 +349,7 @@ class _Mover:
         order = Order(step.host, "cutover", {
             "instance": step.instance, "release": release, "from_release": origin or "none", "owner": self._owner,
             "min_speed_percent": 0 if back else self._settings.min_speed_percent})
-        first = next(iter(carry_out(self._fleet, [order], self._emit).values()))
+        first = next(iter(carry_out(self._fleet, [order], self._emit, worker=self._worker).values()))
         if isinstance(first, OpsctlError):
             raise first
         self._timing.result = watch(self._session, ["cutover-status", step.instance, "--release", release],

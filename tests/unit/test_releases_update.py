@@ -83,12 +83,12 @@ def test_a_plan_reads_like_this() -> None:
     parts = (HostPart("gpu-1", False, 102_000_000, 0, 55_000_000_000, True),
              HostPart("gpu-2", True, 0, 0, 55_000_000_000, True), HostPart("gpu-3", True, 0, 0, 1_000_000_000, True))
     assert rendered(plan_view(plan(*steps, hosts=parts, serving=3, silent=("gpu-5",)))) == """\
-INSTANCE      NOW     NEXT  WAVE   FETCH  FREE AFTER  NOTE
-gpu-1.chat.0  v1   -> v2       1  102 MB     55.0 GB
-gpu-2.chat.0  v1   -> v2       2  staged     55.0 GB  serves nobody now
-gpu-3.chat.0  v1   -> v2       3  staged      1.0 GB  drained by operator:ann: stays so
-gpu-4.chat.0  v2   =  v2                              moved by an unfinished rollout
-3 to move in 3 waves; 102 MB to fetch; 3 serve now, 2 at the least meanwhile (min_serving 1); not answering: gpu-5"""
+INSTANCE      NOW      NEXT  WAVE     FETCH  FREE AFTER  NOTE
+gpu-1.chat.0  v1   ->  v2       1  102.0 MB     55.0 GB
+gpu-2.chat.0  v1   ->  v2       2    staged     55.0 GB  serves nobody now
+gpu-3.chat.0  v1   ->  v2       3    staged      1.0 GB  drained by operator:ann: stays so
+gpu-4.chat.0  v2   =   v2                                moved by an unfinished rollout
+3 to move in 3 waves; 102.0 MB to fetch; 3 serve now, 2 at the least meanwhile (min_serving 1); not answering: gpu-5"""
 
 
 @pytest.mark.parametrize(("document", "lines"), [
