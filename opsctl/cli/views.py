@@ -40,8 +40,18 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def human_seconds(count: float) -> str:
+    """``7 s``, ``12 min``, ``3 h 5 min``."""
+    if count < 120:
+        return f"{count:.0f} s"
+    minutes = round(count / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def progress_words(event: Progress) -> str:
     """``12.0 MB of 80.0 MB, 15 %, 9.1 MB/s, 7 s left``."""
+    if event.unit == "seconds":
+        return human_seconds(event.done)
     if not event.done and not event.total:
         return "working"
     show = human_bytes if event.unit == "bytes" else str
@@ -52,7 +62,7 @@ def progress_words(event: Progress) -> str:
         rate = human_bytes(event.per_second) if event.unit == "bytes" else f"{event.per_second:.1f}"
         words += f", {rate}/s"
         if event.total > event.done:
-            words += f", {(event.total - event.done) / event.per_second:.0f} s left"
+            words += f", {human_seconds((event.total - event.done) / event.per_second)} left"
     return words
 
 
@@ -162,6 +172,7 @@ class LiveView(View):
                 row.changed += event.status == "changed"
                 row.failed += event.status in ("failed", "unreachable")
                 row.now = event.task
+                self._progress = {key: one for key, one in self._progress.items() if one.host != event.host}
                 self._plain.show(event)
             case Progress():
                 self._progress[event.host + event.subject] = event
