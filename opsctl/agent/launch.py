@@ -52,7 +52,7 @@ def prepare(paths: Paths, instance: str) -> Command:
         service=release.service, release=name, files=directory / manifests.FILES,
         paths=tuple(file.path for file in release.files), arguments=engine.arguments(release.arguments),
         address=placement.address, port=placement.port, environment=paths.engines / release.engine.directory,
-        gpus=placement.gpus, tensor_parallel=placement.tensor_parallel,
+        gpus=placement.gpus, tensor_parallel=placement.tensor_parallel, version=release.engine.version,
     ))
 
 

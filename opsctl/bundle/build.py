@@ -19,7 +19,7 @@ from opsctl.bundle import sums
 from opsctl.bundle.agent_wheel import build_agent_wheel, requirement_line
 from opsctl.bundle.cache import one_build_at_a_time
 from opsctl.bundle.closure import Closure, download_closure
-from opsctl.bundle.engine_wheels import fetch_engine_wheels
+from opsctl.bundle.engine_wheels import WantedLock, fetch_engine_wheels, release_locks, shipped_locks
 from opsctl.bundle.keys import checking, signing
 from opsctl.bundle.packages import role_packages
 from opsctl.bundle.process import require_program
@@ -47,10 +47,10 @@ class Built:
 
 
 def build_bundle(fleet_directory: Path, bundle: Path, emit: Emit = discard, *, packages: Sequence[str] | None = None,
-                 locks: Sequence[Path] | None = None) -> Built:
+                 locks: Sequence[WantedLock] | None = None) -> Built:
     """Makes or renews the bundle; a bundle that holds the same already is left as it is, byte for byte.
 
-    ``packages`` and ``locks`` stand in for what the roles install and the engines' own locks.
+    ``packages`` and ``locks`` stand in for what the roles install and the locks of engines and releases.
 
     Raises:
         ConfigurationError: a role's package list or an engine's lock is malformed.
@@ -60,7 +60,7 @@ def build_bundle(fleet_directory: Path, bundle: Path, emit: Emit = discard, *, p
     began = time.monotonic()
     home, trusted_key = fleet_directory / "keys" / "bundle", fleet_directory / "trust" / "bundle.asc"
     wanted = tuple(packages) if packages is not None else role_packages(resource("roles"))
-    engine_locks = tuple(locks) if locks is not None else tuple(sorted((PACKAGE / "serving").glob("*.lock")))
+    wanted_locks = locks if locks is not None else [*shipped_locks(PACKAGE / "serving"), *release_locks(bundle)]
     with one_build_at_a_time(emit):
         _able_to_sign(home, trusted_key)
         finish_switch(bundle)
@@ -68,7 +68,7 @@ def build_bundle(fleet_directory: Path, bundle: Path, emit: Emit = discard, *, p
             emit(PhaseStarted("Debian packages"))
             closure = download_closure(wanted, emit)
             emit(PhaseStarted("Wheels"))
-            wheels = _wheels(bundle / NEW / "wheels", engine_locks, emit)
+            wheels = _wheels(bundle / NEW / "wheels", wanted_locks, emit)
             emit(PhaseStarted("Index, sign, verify"))
             changed = _sign(bundle, closure, home, trusted_key, emit)
             if changed:
@@ -106,7 +106,7 @@ def finish_switch(bundle: Path) -> None:
             shutil.rmtree(bundle / leftover)
 
 
-def _wheels(out: Path, locks: Sequence[Path], emit: Emit) -> tuple[str, ...]:
+def _wheels(out: Path, locks: Sequence[WantedLock], emit: Emit) -> tuple[str, ...]:
     out.mkdir(parents=True)
     engines = fetch_engine_wheels(locks, out, emit)
     agent = build_agent_wheel(out)

@@ -31,6 +31,13 @@ def import_(
     version: Annotated[str, typer.Option("--version", help="Name of the release: v1, v2 ... A name is taken once.")],
     service: ServiceOption = "",
     settings: Settings = None,
+    engine: Annotated[str, typer.Option("--engine", help="What serves it: llamacpp (GGUF) or vllm (safetensors).")
+                      ] = "llamacpp",
+    engine_lock: Annotated[Path | None, typer.Option(
+        "--engine-lock", metavar="FILE", show_default=False, help="Pinned engine: requirements with hashes, as uv pip "
+        "compile --generate-hashes writes them. vllm needs one; llamacpp brings its own.")] = None,
+    python: Annotated[str, typer.Option("--python", metavar="VERSION", help="The hosts' Python, which the engine's "
+                                        "lock is for.")] = "3.11",
     inventory: InventoryOption = None,
     bundle: BundleOption = None,
     as_json: AsJson = False,
@@ -44,6 +51,8 @@ def import_(
     [dim]$ opsctl model import /data/qwen3-8b.gguf --version v1 --set max_model_len=8192[/dim]
 
     [dim]$ opsctl model import release:v1 --version v1.1 --set max_model_len=65536[/dim]
+
+    [dim]$ opsctl model import /data/deepseek --version v2 --engine vllm --engine-lock requirements.txt[/dim]
     """
     with speaking("model import", as_json=as_json, debug=debug) as speaker:
         from opsctl.cli.views import human_bytes
@@ -58,7 +67,8 @@ def import_(
             imported = import_model(Request(
                 source=source, service=name, version=version, settings=tuple(settings or ()),
                 bundle=_bundle(fleet, bundle), key=fleet.directory / "keys" / "release",
-                allowed_signers=_allowed_signers(fleet), gateway=gateway), speaker.emit)
+                allowed_signers=_allowed_signers(fleet), gateway=gateway, engine=engine, engine_lock=engine_lock,
+                python=python), speaker.emit)
         release = imported.release
         document = {"changed": imported.changed, "service": name, "version": release.version, "digest": imported.digest,
                     "directory": str(imported.directory or ""), "files": len(release.files), "bytes": release.size,

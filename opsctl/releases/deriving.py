@@ -15,7 +15,7 @@ from opsctl.agent.durable import locked
 from opsctl.agent.trust import Signed, read_signed
 from opsctl.engines.events import Emit, Note
 from opsctl.errors import RefusedError
-from opsctl.releases.manifest import Release
+from opsctl.releases.manifest import Engine, Release
 from opsctl.releases.shelf import Imported, Request, check_one, check_same, make_signed, on_gateway, shelve, sweep
 from opsctl.releases.store import find, service_folder
 from opsctl.serving import adapter
@@ -28,7 +28,7 @@ def is_release(source: str) -> bool:
 
 
 def derive(request: Request, emit: Emit) -> Imported:
-    """A new release with the files and the engine of another, and its arguments but for those that are set.
+    """A new release with the files of another; its engine too unless a lock is brought, its arguments unless set.
 
     Raises:
         UsageError: a setting cannot be read.
@@ -62,8 +62,10 @@ def derived(base: Release, request: Request, *, now: float) -> Release:
     """
     engine = adapter(base.engine.name)
     arguments = engine.arguments({**base.arguments, **engine.parse_settings(request.settings)})
-    engine.check([file.path for file in base.files], arguments)
-    return replace(base, version=request.version, arguments=arguments, source=f"{PREFIX}{base.version}",
+    lock = request.lock(engine)
+    pinned = base.engine if lock is None else Engine(lock.engine, lock.version, lock.python, lock.text)
+    engine.check([file.path for file in base.files], arguments, pinned.version)
+    return replace(base, version=request.version, engine=pinned, arguments=arguments, source=f"{PREFIX}{base.version}",
                    created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now)))
 
 

@@ -29,7 +29,7 @@ from opsctl.releases.shelf import Imported, Request, check_likely, check_one, ch
 from opsctl.releases.sources import SourceFile, gathered
 from opsctl.releases.store import Stored, find, reporting, service_folder, verify_release
 from opsctl.serving import adapter
-from opsctl.serving.adapter import Adapter, Value
+from opsctl.serving.adapter import Adapter, Lock, Value
 
 __all__ = ["Imported", "Request", "import_model"]
 
@@ -41,7 +41,7 @@ def import_model(request: Request, emit: Emit) -> Imported:
     """Imports a model as a release.
 
     Raises:
-        UsageError: source, version or settings cannot be read.
+        UsageError: source, version, settings or lock cannot be read; the engine needs a lock.
         RefusedError: a file may not be in a release; the version name is taken by other content.
     """
     manifests.check_name(request.version)
@@ -50,33 +50,35 @@ def import_model(request: Request, emit: Emit) -> Imported:
         return deriving.derive(request, emit)
     engine = adapter(request.engine)
     given = engine.parse_settings(request.settings)
+    lock = request.lock(engine) or engine.lock()
     with gathered(request.source, emit) as (source, files):
-        engine.check([file.path for file in files], engine.arguments(given))
+        engine.check([file.path for file in files], engine.arguments(given), lock.version)
         published = on_gateway(request)
         folder = service_folder(request.bundle, request.service)
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / ".lock"):
             stored = find(request.bundle, request.service, request.version)
             if stored is not None:
-                return _again(request, stored, engine, given, source, files, published, emit)
+                return _again(request, stored, engine, lock, given, source, files, published, emit)
             sweep(folder)
-            return _new(request, engine, given, source, files, folder, published, emit)
+            return _new(request, engine, lock, given, source, files, folder, published, emit)
 
 
-def _again(request: Request, stored: Stored, engine: Adapter, given: dict[str, Value], source: str,
+def _again(request: Request, stored: Stored, engine: Adapter, lock: Lock, given: dict[str, Value], source: str,
            files: Sequence[SourceFile], published: Signed | None, emit: Emit) -> Imported:
     """The version is there already: the same content is nothing to do, other content is refused."""
     meter = Meter(sum(file.size for file in files), reporting(emit, "hashing"))
     hashed = [ReleaseFile(file.path, file.size, sha256_of(file.real, meter.advance)) for file in files]
-    wanted = make_release(request.service, request.version, engine, given, hashed, source=source, now=time.time())
+    wanted = make_release(request.service, request.version, engine, given, hashed, lock=lock, source=source,
+                          now=time.time())
     check_same(wanted, stored.release, "")
     check_one(stored.directory, stored.digest, published)
     verify_release(stored.directory, request.allowed_signers)
     return Imported(stored.release, stored.directory, stored.digest, changed=False)
 
 
-def _new(request: Request, engine: Adapter, given: dict[str, Value], source: str, files: Sequence[SourceFile],
-         folder: Path, published: Signed | None, emit: Emit) -> Imported:
+def _new(request: Request, engine: Adapter, lock: Lock, given: dict[str, Value], source: str,
+         files: Sequence[SourceFile], folder: Path, published: Signed | None, emit: Emit) -> Imported:
     check_likely([(file.path, file.size) for file in files], published)
     size = sum(file.size for file in files)
     _check_space(folder, size)
@@ -87,7 +89,8 @@ def _new(request: Request, engine: Adapter, given: dict[str, Value], source: str
         shared = _share(hashed, target, folder)
         if shared:
             emit(Note(f"{shared} of {len(hashed)} files are those of earlier releases and take no room"))
-        return make_release(request.service, request.version, engine, given, hashed, source=source, now=time.time())
+        return make_release(request.service, request.version, engine, given, hashed, lock=lock, source=source,
+                            now=time.time())
 
     return shelve(request, folder, fill, published)
 

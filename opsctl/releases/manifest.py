@@ -6,18 +6,17 @@ import time
 from collections.abc import Mapping, Sequence
 
 from opsctl.agent.manifest import Engine, Release, ReleaseFile, check_name, digest, directory_name, parse
-from opsctl.serving.adapter import Adapter, Value
+from opsctl.serving.adapter import Adapter, Lock, Value
 
 __all__ = ["Engine", "Release", "ReleaseFile", "check_name", "digest", "directory_name", "make_release", "parse"]
 
 
 def make_release(service: str, version: str, adapter: Adapter, arguments: Mapping[str, Value],
-                 files: Sequence[ReleaseFile], *, source: str, now: float) -> Release:
-    """A release with the engine that this opsctl ships. ``arguments`` are those given; ``now`` is POSIX time.
+                 files: Sequence[ReleaseFile], *, lock: Lock, source: str, now: float) -> Release:
+    """A release with a pinned engine. ``arguments`` are those given; ``now`` is POSIX time.
 
     Defaults are filled in, so that a later opsctl with other defaults does not change what a release means.
     """
-    lock = adapter.lock()
     return Release(
         service=service,
         version=check_name(version),

@@ -14,10 +14,12 @@ from pathlib import Path
 from opsctl.agent import manifest as manifests
 from opsctl.agent.durable import sync_directory, sync_tree
 from opsctl.agent.trust import Signed, verify
-from opsctl.errors import ConfigurationError, RefusedError
+from opsctl.errors import ConfigurationError, RefusedError, UsageError
 from opsctl.releases.manifest import Release
 from opsctl.releases.publish import Published
 from opsctl.releases.signing import sign
+from opsctl.serving.adapter import Adapter, Lock
+from opsctl.serving.locks import DEFAULT_PYTHON, engine_lock
 
 INCOMING = ".incoming-"
 DEFAULT_ENGINE = "llamacpp"
@@ -27,7 +29,8 @@ DEFAULT_ENGINE = "llamacpp"
 class Request:
     """``source`` is a directory, a file, a URL or ``release:VERSION``; ``settings`` are ``key=value`` arguments.
 
-    ``gateway`` is None when it does not answer: then only the bundle knows which names are taken.
+    ``gateway`` is None when it does not answer: then only the bundle knows which names are taken. ``engine_lock`` is
+    a hashed lock for ``python``, None for the one that opsctl ships (or that the release has which is the source).
     """
 
     source: str
@@ -39,6 +42,24 @@ class Request:
     allowed_signers: Path
     engine: str = DEFAULT_ENGINE
     gateway: Published | None = None
+    engine_lock: Path | None = None
+    python: str = DEFAULT_PYTHON
+
+    def lock(self, engine: Adapter) -> Lock | None:
+        """The lock that was brought, checked; None when none was.
+
+        Raises:
+            UsageError: it cannot be read.
+            ConfigurationError, RefusedError: it is not hashed, or pins no engine that this version knows.
+        """
+        if self.engine_lock is None:
+            return None
+        try:
+            text = self.engine_lock.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError("engine.lock_unreadable", f"{self.engine_lock} cannot be read: {error}.",
+                             hint="--engine-lock is a file of requirements with hashes") from None
+        return engine_lock(text, engine, self.python, str(self.engine_lock))
 
 
 @dataclass(frozen=True)

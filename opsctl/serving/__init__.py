@@ -1,7 +1,7 @@
 """Inference engines: a release and a placement in, an argument vector, probes and metric names out.
 
-``adapter.py`` says what an adapter is; ``llamacpp.py`` is one; ``llamacpp_server.py`` is the process it starts. Runs on
-hosts: standard library only, Python 3.10+. A new engine is a new adapter in ``adapters()`` and a ``<name>.lock``.
+``adapter.py`` says what an adapter is; ``llamacpp.py`` and ``vllm.py`` are two; ``llamacpp_server.py`` and ``front.py``
+are the processes they start. Runs on hosts: standard library only, Python 3.10+. How to add one: docs/serving.md.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from opsctl.serving.adapter import Adapter
 def adapters() -> dict[str, Adapter]:
     """Every engine that this version of opsctl can run, by the name that stands in a manifest."""
     from opsctl.serving.llamacpp import LLAMACPP  # noqa: PLC0415 - adapters import this package
+    from opsctl.serving.vllm import VLLM  # noqa: PLC0415
 
-    return {adapter.name: adapter for adapter in (LLAMACPP,)}
+    return {adapter.name: adapter for adapter in (LLAMACPP, VLLM)}
 
 
 def adapter(engine: str) -> Adapter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ class Option:
     minimum: float = -math.inf
     maximum: float = math.inf
     choices: tuple[str, ...] = ()
+    pattern: str = ""  # what a text must match as a whole; said to people as ``form``
+    form: str = ""
 
     def check(self, value: object) -> Value:
         """``value`` if it is of the right kind and in range; an integer is a good number.
@@ -41,6 +44,8 @@ class Option:
         if self.kind == "text" and isinstance(value, str):
             if self.choices and value not in self.choices:
                 raise self._wrong(value, "one of " + ", ".join(self.choices))
+            if self.pattern and not re.fullmatch(self.pattern, value):
+                raise self._wrong(value, self.form)
             return value
         numeric = isinstance(value, int if self.kind == "integer" else (int, float)) and not isinstance(value, bool)
         if self.kind in ("integer", "number") and numeric:
@@ -85,6 +90,8 @@ class Launch:
     environment: Path  # the engine's virtual environment
     gpus: tuple[str, ...] = ()  # UUIDs
     tensor_parallel: int = 1
+    version: str = ""  # of the engine
+    agent_python: Path = Path(sys.executable)  # can import opsctl.serving
 
 
 @dataclass(frozen=True)
@@ -99,19 +106,23 @@ class Command:
 class Adapter:
     """One inference engine. ``check`` and ``command`` are pure.
 
-    ``check(paths, arguments)`` raises RefusedError when the engine cannot serve these files. ``module`` is what must
-    import in the engine's environment. A metric is the sum of its series; None: the engine does not say.
+    ``check(paths, arguments, version)`` raises RefusedError when this version of the engine cannot serve these files
+    with these arguments; ``check_version(version, python)`` when the version is not known or has nothing for that
+    Python. ``module`` is what must import in the engine's environment, ``packages`` are those that bring it.
+    A metric is the sum of its series; None: the engine does not say.
     """
 
     name: str
     module: str
     options: tuple[Option, ...]
-    check: Callable[[Sequence[str], Mapping[str, Value]], None]
+    check: Callable[[Sequence[str], Mapping[str, Value], str], None]
     command: Callable[[Launch], Command]
     health_path: str
     metrics_path: str
     running_metric: str
     waiting_metric: str
+    packages: tuple[str, ...] = ()
+    check_version: Callable[[str, str], None] = lambda _version, _python: None
 
     def arguments(self, given: Mapping[str, object]) -> dict[str, Value]:
         """All arguments, checked, defaults filled in.
@@ -141,8 +152,16 @@ class Adapter:
         return values
 
     def lock(self) -> Lock:
-        """The engine's pinned environment that ships with this version of opsctl."""
-        text = (Path(__file__).parent / f"{self.name}.lock").read_text(encoding="utf-8")
+        """The engine's pinned environment that ships with this version of opsctl.
+
+        Raises:
+            UsageError: none does: which one fits depends on the hosts' GPUs and drivers.
+        """
+        path = Path(__file__).parent / f"{self.name}.lock"
+        if not path.exists():
+            raise UsageError("engine.no_lock", f"opsctl ships no environment for the engine {self.name}.",
+                             hint="pin one: uv pip compile --generate-hashes, then --engine-lock requirements.txt")
+        text = path.read_text(encoding="utf-8")
         return Lock(self.name, locked_version(text, self.module), ">=3.10", text)
 
     def _known(self, given: Mapping[str, object]) -> None:

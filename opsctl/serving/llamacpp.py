@@ -54,7 +54,7 @@ def _later_shard(path: str) -> bool:
     return shard is not None and shard.group(1) != "00001"
 
 
-def check(paths: Sequence[str], arguments: Mapping[str, Value]) -> None:
+def check(paths: Sequence[str], arguments: Mapping[str, Value], _version: str = "") -> None:
     """Refuses files that this engine cannot serve.
 
     Raises:
@@ -98,4 +98,5 @@ LLAMACPP = Adapter(
     metrics_path="/metrics",
     running_metric="llamacpp:requests_processing",
     waiting_metric="llamacpp:requests_deferred",
+    packages=("xllamacpp",),
 )

@@ -138,7 +138,8 @@ def _start(arguments: argparse.Namespace) -> Any:
     return xllamacpp.Server(parameters)
 
 
-def _connections(port: int) -> list[Connection]:
+def connections_to(port: int) -> list[Connection]:
+    """The connections to a port of this network namespace that are open now."""
     found: list[Connection] = []
     for table in (Path("/proc/self/net/tcp"), Path("/proc/self/net/tcp6")):
         if table.exists():  # not in every sandbox; then SETTLE_S alone decides
@@ -146,7 +147,8 @@ def _connections(port: int) -> list[Connection]:
     return found
 
 
-def _mark_draining() -> None:
+def mark_draining() -> None:
+    """Tells the agent, and through it the load balancer, that this instance takes no more requests."""
     directory = os.environ.get("RUNTIME_DIRECTORY")
     if directory:
         Path(directory, "draining").write_text(f"{time.time():.0f}\n", encoding="ascii")
@@ -164,11 +166,11 @@ def main() -> NoReturn:
         signal.signal(number, lambda _number, _frame: None)
     _say(f"serving {arguments.model} as {', '.join(arguments.name)} on {arguments.address}:{arguments.port}")
     select.select([reader], [], [])
-    _mark_draining()
+    mark_draining()
     _say(f"draining {requests_in_flight(server.handle_metrics())} requests, for up to {arguments.drain_timeout:.0f} s")
     status = wait_until_drained(Drain(time.monotonic(), arguments.drain_timeout),
                                 lambda: requests_in_flight(server.handle_metrics()),
-                                lambda: _connections(arguments.port))
+                                lambda: connections_to(arguments.port))
     _say("drained" if status == EXIT_DRAINED else "the drain timeout is over: requests are cut off")
     # Not by return: the server's destructor waits for its streams' clients, a minute was seen.
     os._exit(status)

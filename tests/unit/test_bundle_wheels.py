@@ -10,10 +10,19 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from release_kit import ENGINE, lay_down, make_keys
 
+from opsctl.agent.manifest import Engine
 from opsctl.bundle import agent_wheel
 from opsctl.bundle.agent_wheel import agent_files, agent_version, build_agent_wheel, requirement_line
-from opsctl.bundle.engine_wheels import fetch_engine_wheels, pip_download_arguments, read_lock
+from opsctl.bundle.engine_wheels import (
+    WantedLock,
+    fetch_engine_wheels,
+    pip_download_arguments,
+    release_locks,
+    shipped_locks,
+    wanted_lock,
+)
 from opsctl.engines.events import discard
 from opsctl.errors import ConfigurationError, OpsctlError, RefusedError
 from opsctl.resources import PACKAGE
@@ -51,6 +60,9 @@ def test_the_wheel_holds_what_hosts_run_and_needs_nothing(wheel: Path) -> None:
         entry_points = next(archive.read(name).decode() for name in names if name.endswith("/entry_points.txt"))
     packages = {name.split("/")[1] for name in names if name.startswith("opsctl/") and name.count("/") > 1}
     assert packages == {"agent", "serving"}
+    data = {path.name for path in (PACKAGE / "serving").iterdir() if path.suffix in (".csv", ".json", ".lock")}
+    assert {f"opsctl/serving/{name}" for name in data} <= set(names)
+    assert "vllm_versions.csv" in data
     assert "opsctl/agent/pyproject.toml" not in names
     assert "Requires-Dist" not in metadata
     assert "Requires-Python: >=3.10" in metadata
@@ -86,30 +98,44 @@ def test_a_failing_build_shows_hatchlings_words(tmp_path: Path, monkeypatch: pyt
     assert caught.value.log_tail
 
 
-def test_a_lock_is_read(tmp_path: Path) -> None:
-    lock = tmp_path / "engine.lock"
-    lock.write_text(f"# made by a tool\n--no-binary :none:\nfoo-bar==1.0.post1 \\\n    --hash=sha256:{'a' * 64} \\\n"
-                    f"    --hash=sha256:{'b' * 64}\n    # via x\n"
-                    f"baz[cpu]==2 ; python_version > '3' --hash=sha256:{'c' * 64}\n", encoding="utf-8")
-    read = read_lock(lock)
-    assert read.requirements == ("foo-bar==1.0.post1", "baz==2")
-    assert read.digests == {"a" * 64, "b" * 64, "c" * 64}
+HASHES = {letter: letter * 64 for letter in "abc"}
 
 
-@pytest.mark.parametrize("line", ["foo==1.0", f"foo>=1 --hash=sha256:{'a' * 64}", "foo==1 --hash=md5:00",
-                                  f"./foo.whl --hash=sha256:{'a' * 64}"])
-def test_a_lock_without_versions_and_hashes_is_refused(tmp_path: Path, line: str) -> None:
-    lock = tmp_path / "engine.lock"
-    lock.write_text(line + "\n", encoding="utf-8")
+@pytest.mark.parametrize(("python", "wanted"), [("3.11", ("foo-bar", "old")), ("3.13", ("foo-bar", "new"))])
+def test_what_counts_on_a_host_is_decided_by_the_hosts_python(python: str, wanted: tuple[str, ...]) -> None:
+    lock = wanted_lock("engine.lock", f"foo_bar==1.0.post1 --hash=sha256:{HASHES['a']}\n"
+                       f"old==2 ; python_version < '3.12' --hash=sha256:{HASHES['b']}\n"
+                       f"new==2 ; python_full_version >= '3.12' --hash=sha256:{HASHES['b']}\n"
+                       f"windows==2 ; sys_platform == 'win32' --hash=sha256:{HASHES['c']}\n", python)
+    assert tuple(one.name for one in lock.requirements) == wanted
+    assert lock.digests == {HASHES["a"], HASHES["b"]}
+    assert ";" not in lock.text  # pip judges markers by its own Python, not by --python-version
+
+
+def test_a_marker_that_nobody_understands_is_refused() -> None:
     with pytest.raises(ConfigurationError) as caught:
-        read_lock(lock)
-    assert caught.value.code == "bundle.lock_without_hash"
+        wanted_lock("engine.lock", f"foo==1 ; moon == 'full' --hash=sha256:{HASHES['a']}\n")
+    assert caught.value.code == "engine.lock_marker"
 
 
 def test_the_engines_own_locks_are_hashed() -> None:
-    locks = sorted((PACKAGE / "serving").glob("*.lock"))
+    locks = shipped_locks(PACKAGE / "serving")
     assert locks
-    assert all(read_lock(lock).requirements for lock in locks)
+    assert all(lock.requirements for lock in locks)
+
+
+def test_the_locks_of_releases_are_wanted_each_once(tmp_path: Path) -> None:
+    keys = make_keys(tmp_path / "keys")
+    folder = tmp_path / "bundle" / "releases" / "chat"
+    text = f"vllm==0.33.0 --hash=sha256:{HASHES['a']}\n"
+    pinned = Engine("vllm", "0.33.0", "3.13", text)
+    for version, engine in (("v1", ENGINE), ("v2", pinned), ("v3", pinned)):
+        lay_down(folder, {"model.gguf": b"x"}, keys.private, version, engine)
+    shutil.copytree(next(folder.glob("v1-*")), folder / ".incoming-1")
+    (next(folder.glob("v3-*")) / "manifest.json.sig").unlink()  # verify's affair
+    found = release_locks(tmp_path / "bundle")
+    assert [(lock.name, lock.python) for lock in found] == [(ENGINE.directory, "3.11"), (pinned.directory, "3.13")]
+    assert release_locks(tmp_path / "nothing") == []
 
 
 def test_pip_is_asked_for_the_hosts_python(tmp_path: Path) -> None:
@@ -118,6 +144,13 @@ def test_pip_is_asked_for_the_hosts_python(tmp_path: Path) -> None:
     platforms = [arguments[index + 1] for index, word in enumerate(arguments) if word == "--platform"]
     assert "manylinux_2_36_x86_64" in platforms
     assert "manylinux_2_37_x86_64" not in platforms  # Debian 12 has glibc 2.36
+    assert "manylinux1_x86_64" in platforms  # vLLM to 0.11.2
+
+
+def test_pip_is_asked_for_the_python_of_the_lock(tmp_path: Path) -> None:
+    words = " ".join(pip_download_arguments(tmp_path / "a.lock", tmp_path, "3.13"))
+    assert "--python-version 3.13 " in words
+    assert "--abi cp313 " in words
 
 
 @pytest.fixture
@@ -133,25 +166,23 @@ def index_on_disk(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return folder
 
 
-def write_lock(directory: Path, wheel: Path, digest: str = "") -> Path:
-    lock = directory / "engine.lock"
+def lock_of(wheel: Path, digest: str = "") -> WantedLock:
     line = requirement_line(wheel)
-    lock.write_text(line.replace(line[-65:-1], digest) if digest else line, encoding="utf-8")
-    return lock
+    return wanted_lock("engine.lock", line.replace(line[-65:-1], digest) if digest else line)
 
 
 def test_wheels_come_through_pip_once_and_from_the_cache_then(index_on_disk: Path, wheel: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
         out = tmp_path / name
         out.mkdir()
-        assert fetch_engine_wheels([write_lock(tmp_path, wheel)], out, discard) == (wheel.name,)
+        assert fetch_engine_wheels([lock_of(wheel)], out, discard) == (wheel.name,)
         assert (out / wheel.name).read_bytes() == wheel.read_bytes()
         for path in index_on_disk.iterdir():
             path.unlink()
 
 
 def test_a_cached_wheel_that_went_bad_is_fetched_again(index_on_disk: Path, wheel: Path, tmp_path: Path) -> None:
-    lock = write_lock(tmp_path, wheel)
+    lock = lock_of(wheel)
     for name in ("first", "second"):
         out = tmp_path / name
         out.mkdir()
@@ -164,13 +195,13 @@ def test_a_cached_wheel_that_went_bad_is_fetched_again(index_on_disk: Path, whee
 
 def test_a_wheel_that_is_not_what_was_locked_is_refused(index_on_disk: Path, wheel: Path, tmp_path: Path) -> None:
     with pytest.raises(RefusedError) as caught:
-        fetch_engine_wheels([write_lock(tmp_path, wheel, "0" * 64)], tmp_path, discard)
+        fetch_engine_wheels([lock_of(wheel, "0" * 64)], tmp_path, discard)
     assert caught.value.code == "bundle.wheel_tampered"
 
 
 def test_a_wheel_that_nobody_has_is_named(index_on_disk: Path, wheel: Path, tmp_path: Path) -> None:
     (index_on_disk / wheel.name).unlink()
     with pytest.raises(OpsctlError) as caught:
-        fetch_engine_wheels([write_lock(tmp_path, wheel)], tmp_path, discard)
+        fetch_engine_wheels([lock_of(wheel)], tmp_path, discard)
     assert caught.value.code == "bundle.wheels_unavailable"
     assert "opsctl-agent" in "\n".join(caught.value.log_tail)

@@ -92,15 +92,26 @@ def test_arguments_of_a_manifest_are_checked_too(arguments: dict[str, object]) -
         LLAMACPP.arguments(arguments)
 
 
-def test_every_adapter_has_a_lock_and_the_options_that_hosts_rely_on() -> None:
+def test_every_adapter_has_the_options_that_hosts_rely_on() -> None:
     for name, one in adapters().items():
-        lock = one.lock()
-        assert (lock.engine, lock.version) == (name, locked_version(lock.text, one.module))
-        assert "--hash=sha256:" in lock.text
-        assert "://" not in lock.text
-        assert {"start_timeout_s", "drain_timeout_s"} <= {option.name for option in one.options}
+        assert one.name == name and one.packages
+        assert {"max_model_len", "start_timeout_s", "drain_timeout_s"} <= {option.name for option in one.options}
     with pytest.raises(OpsctlError):
         adapter("nonsense")
+
+
+def test_the_lock_that_ships() -> None:
+    lock = LLAMACPP.lock()
+    assert (lock.engine, lock.version) == ("llamacpp", locked_version(lock.text, "xllamacpp"))
+    assert "--hash=sha256:" in lock.text
+    assert "://" not in lock.text
+
+
+def test_an_engine_without_a_lock_of_its_own_says_how_to_pin_one() -> None:
+    with pytest.raises(UsageError) as refused:
+        adapter("vllm").lock()
+    assert refused.value.code == "engine.no_lock"
+    assert "--engine-lock" in refused.value.hint
 
 
 @pytest.mark.parametrize(("text", "name", "value"), [
