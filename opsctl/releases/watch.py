@@ -61,7 +61,7 @@ def watch(session: Session, look: Sequence[str], subject: str, emit: Emit, *, fi
                           host=host))
         else:
             brought = _all_of_it(subject, brought, host, emit)
-            emit(Progress(f"{subject}: {status['phase']}", int(clock() - began), 0, "seconds", host=host))
+            emit(Progress(f"{subject}: {status['phase'] or 'starting'}", int(clock() - began), 0, "seconds", host=host))
         status = _look(session, [*look, "--wait-s", str(WATCH_S)])
     if status["state"] == "failed":
         raise error_of(status["error"], int(status["error"]["exit_code"]), host)

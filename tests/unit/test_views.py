@@ -75,6 +75,28 @@ def test_bytes_for_people(count: float, words: str) -> None:
     assert human_bytes(count) == words
 
 
+@pytest.mark.parametrize(("event", "words"), [
+    (Progress("x", 12_000_000, 80_000_000, per_second=8e6), "12.0 MB of 80.0 MB, 15 %, 8.0 MB/s, 8 s left"),
+    (Progress("x", 100_000_000_000, 200_000_000_000, per_second=1e8),
+     "100.0 GB of 200.0 GB, 50 %, 100.0 MB/s, 17 min left"),
+    (Progress("x", 0, 1_340_000_000_000, per_second=1e8), "0 B of 1.3 TB, 0 %, 100.0 MB/s, 3 h 43 min left"),
+    (Progress("x", 119, 0, "seconds"), "119 s"),
+    (Progress("x", 121, 0, "seconds"), "2 min"),
+    (Progress("x", 0, 0, "seconds"), "0 s"),
+])
+def test_progress_says_speed_and_time_left(event: Progress, words: str) -> None:
+    assert progress_words(event) == words
+
+
+def test_what_ended_leaves_the_live_table() -> None:
+    view = LiveView(Console(file=io.StringIO(), force_terminal=True, width=120))
+    for host in ("gpu-1", "gpu-2"):
+        view.show(Progress("stage chat v2: environment", 7, 0, "seconds", host=host))
+    view.show(TaskResult("gpu-1", "stage chat v2", "changed"))
+    assert [event.host for event in view._progress.values()] == ["gpu-2"]
+    view.close()
+
+
 def test_progress_without_a_total_promises_nothing() -> None:
     assert progress_words(Progress("x", 3, 0, "items")) == "3"
 
