@@ -5,7 +5,22 @@ from __future__ import annotations
 import typer
 
 import opsctl
-from opsctl.cli import bundle, init, lab, model, provision, status, trust
+from opsctl.cli import (
+    bundle,
+    drain,
+    gc,
+    history,
+    init,
+    lab,
+    model,
+    provision,
+    rollback,
+    stage,
+    status,
+    trust,
+    undrain,
+    update_model,
+)
 
 app = typer.Typer(
     name="opsctl",
@@ -35,6 +50,13 @@ app.command("init")(init.init)
 app.command("trust")(trust.trust)
 app.command("provision")(provision.provision)
 app.command("status")(status.status)
+app.command("stage")(stage.stage)
+app.command("update-model")(update_model.update_model)
+app.command("rollback")(rollback.rollback)
+app.command("drain")(drain.drain)
+app.command("undrain")(undrain.undrain)
+app.command("history")(history.history)
+app.command("gc")(gc.gc)
 app.add_typer(model.app, name="model")
 app.add_typer(bundle.app, name="bundle")
 app.add_typer(lab.app, name="lab")
