@@ -20,7 +20,6 @@ from opsctl.errors import ExitCode, UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from opsctl.fleet.model import Fleet
     from opsctl.lab.load import Load
 
 PLAIN_EVERY_S = 5.0
@@ -32,8 +31,8 @@ AUTO = "auto"
 def load(
     command: Annotated[list[str] | None, typer.Argument(
         help="Run this under the load, and end with it; write -- before it.", show_default=False)] = None,
-    service: Annotated[str, typer.Option("--service", help="Service of services.yml; not needed when there is one.",
-                                         )] = "",
+    service: Annotated[str, typer.Option("--service", help="Which service. Default: the only one.",
+                                         show_default=False)] = "",
     clients: Annotated[int, typer.Option("--clients", min=1, max=1000, help="How many stream at the same time.")] = 36,
     seconds: Annotated[float, typer.Option("--seconds", min=0, help="How long; 0: until Ctrl-C.")] = 0.0,
     streams: Annotated[int, typer.Option("--streams", min=0, help="How many streams; 0: no limit.")] = 0,
@@ -54,27 +53,23 @@ def load(
     """
     with speaking("lab load", as_json=as_json, debug=debug) as speaker:
         from opsctl.fleet.inventory import read_fleet
+        from opsctl.fleet.select import the_service
         from opsctl.lab.load import Load, target
 
-        fleet = read_fleet(find_inventory(inventory))
-        running = Load(target(fleet, _service(fleet, service)), clients=clients, tokens=_tokens(tokens),
+        path = find_inventory(inventory)
+        fleet = read_fleet(path)
+        running = Load(target(fleet, the_service(fleet, service).name), clients=clients, tokens=_tokens(tokens),
                        seconds_per_stream=seconds_per_stream, streams=streams)
         returncode = 0
         with _drawn(speaker, running):
             running.start()
             try:
-                returncode = _until_done(speaker, running, seconds, command or [])
+                returncode = _until_done(speaker, running, seconds, command or [], path)
             except KeyboardInterrupt:
+                running.ask_to_finish()
                 speaker.say("the streams that run end now; Ctrl-C again drops them")
             running.finish()
         _result(speaker, running, returncode)
-
-
-def _service(fleet: Fleet, named: str) -> str:
-    if named or len(fleet.services) == 1:
-        return named or fleet.services[0].name
-    raise UsageError("load.which_service", f"{fleet.services_file} has several services.",
-                     hint="--service NAME: " + ", ".join(service.name for service in fleet.services))
 
 
 def _tokens(given: str) -> int | None:
@@ -85,11 +80,11 @@ def _tokens(given: str) -> int | None:
     raise UsageError("load.bad_tokens", f"--tokens {given} is not a number of tokens.", hint="a number, or auto")
 
 
-def _until_done(speaker: Speaker, running: Load, seconds: float, command: Sequence[str]) -> int:
+def _until_done(speaker: Speaker, running: Load, seconds: float, command: Sequence[str], inventory: Path) -> int:
     """Returns the exit code of the command; without one, 0."""
     if command:
         running.wait_until_steady()
-        return _run(speaker, command)
+        return _run(speaker, command, inventory)
     until = time.monotonic() + seconds if seconds else None
     while not running.wait(0.2):
         if until is not None and time.monotonic() >= until:
@@ -97,13 +92,13 @@ def _until_done(speaker: Speaker, running: Load, seconds: float, command: Sequen
     return 0
 
 
-def _run(speaker: Speaker, command: Sequence[str]) -> int:
-    """Runs a command off a terminal; what it says is shown line by line, above the graph."""
+def _run(speaker: Speaker, command: Sequence[str], inventory: Path) -> int:
+    """Runs a command off a terminal, on the same fleet; what it says is shown line by line, above the graph."""
     from rich.text import Text
 
     from opsctl.engines.child import die_with_parent
 
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"OPSCTL_INVENTORY": str(inventory), "PYTHONUNBUFFERED": "1"}
     try:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
                                    stderr=subprocess.STDOUT, env=environment,

@@ -85,7 +85,7 @@ def _graph(shown: Sequence[Column], wide: int, label: int, height: int, top: int
     stacks = [_stack(column, ink) for column in (*padding, *shown)]
     lines = []
     for row in reversed(range(height)):
-        mark = {height - 1: str(top), height // 2: str(round(top * (height // 2 + 1) / height)), 0: "1"}.get(row, "")
+        mark = {height - 1: str(top), height // 2: str(round(top * (height // 2 + 1) / height)), 0: "0"}.get(row, "")
         line = Text(f"{mark:>{label - 1}} ", "dim")
         for stack in stacks:
             line.append(*_cell([(release, count * height * 8 / top - row * 8) for release, count in stack], ink))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -187,7 +188,7 @@ class Load:
         return self._ended.wait(timeout_s)
 
     def wait_until_steady(self, timeout_s: float = 60.0) -> None:
-        """Waits until it is known how long streams are, and the first of that length runs.
+        """Waits until it is known how long streams are, and all clients have begun those.
 
         Raises:
             OpsctlError: ``load.not_steady``: nothing is answered.
@@ -257,10 +258,7 @@ class Load:
             self._look_on(), *(self._listen_to(server) for server in self.target.servers)]
         if self.target.statistics:
             watchers.append(self._follow_weights(self.target.statistics[0]))
-        if self.tokens is None:
-            watchers.append(self._calibrate())
-        else:
-            self._steady.set()
+        watchers.append(self._calibrate() if self.tokens is None else self._all_begin())
         try:
             async with asyncio.TaskGroup() as group:
                 background = [group.create_task(watcher) for watcher in watchers]
@@ -334,6 +332,11 @@ class Load:
             writer.close()
         return ""
 
+    async def _all_begin(self) -> None:
+        """Waits until every client has had its turn to begin."""
+        await self._pause(self._seconds_per_stream)
+        self._steady.set()
+
     async def _calibrate(self) -> None:
         """Keeps streams as long as they should be, by what all clients together get in a few seconds."""
         await self._pause(self._seconds_per_stream)  # now all have begun
@@ -344,8 +347,7 @@ class Load:
             wanted = tokens_for(self._seconds_per_stream, per_second, self.clients, self._most_tokens)
             if self.tokens is None:
                 self.tokens = wanted
-                await self._pause(self._seconds_per_stream)
-                self._steady.set()
+                await self._all_begin()
             self.tokens += round((wanted - self.tokens) / 4)  # slowly: a short silence says nothing of the next stream
 
     def _tokens_so_far(self) -> float:
@@ -435,6 +437,6 @@ async def _get(url: SplitResult) -> bytes:
 def _words(error: BaseException) -> str:
     if isinstance(error, asyncio.TimeoutError):
         return "nothing more came"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
+    if isinstance(error, OSError) and error.errno:  # asyncio writes sentences of its own into strerror
+        return os.strerror(error.errno).lower()
     return str(error) or type(error).__name__
