@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import getpass
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opsctl.agent.ledger import line_of
 from opsctl.agent.trust import read_signed
-from opsctl.engines.events import Emit, Note, Status, TaskResult, one_at_a_time
+from opsctl.engines.events import Emit, Note, TaskResult, one_at_a_time
 from opsctl.engines.session import Session, on_each
 from opsctl.errors import MixedError, OpsctlError, PausedError, RefusedError, RolledBackError
 from opsctl.fleet.model import Fleet, Host, Service
 from opsctl.fleet.placements import gateway as gateway_of
-from opsctl.releases.ledger import Wanted, wanted
+from opsctl.releases.books import Books, read_books, write_lines
+from opsctl.releases.ledger import Line, Wanted, tip, wanted
 from opsctl.releases.remote import ask, has_agent
 from opsctl.releases.staging import allowed_signers, bring_to_gateway, verified
 from opsctl.releases.store import folders_of, releases_of
@@ -56,7 +59,8 @@ def check_releases(fleet: Fleet, emit: Emit, *, bundle: Path | None = None) -> N
     with Session(fleet, gateway) as session:
         known = has_agent(session)
         for service in fleet.services:
-            want = _wanted(fleet, session if known else None, gateway, service, _bundle(fleet, bundle))
+            lines = _shown(session, gateway, service) if known else ()
+            want = _wanted(fleet, session if known else None, gateway, service, lines, _bundle(fleet, bundle))
             if want is None:
                 continue
             for directory in folders_of(_bundle(fleet, bundle), service.name, want.version):
@@ -87,13 +91,14 @@ def bring_up(fleet: Fleet, emit: Emit, *, hosts: Sequence[Host] | None = None, b
     for service in fleet.services:
         try:
             with Session(fleet, gateway) as session:
-                want = _wanted(fleet, session, gateway, service, _bundle(fleet, bundle))
+                books = read_books(fleet, service, emit)  # a gateway that was lost gets its ledger from the copies
+                want = _wanted(fleet, session, gateway, service, books.lines, _bundle(fleet, bundle))
                 if want is None:
                     emit(Note(f"{service.name} has no release yet: opsctl model import, and first_release in "
                               "services.yml"))
                     continue
                 changed += _publish(fleet, session, gateway, want, _bundle(fleet, bundle), emit)
-                changed += _write_ledger(session, gateway, want, run, emit)
+                changed += _write_ledger(fleet, books, want, run, emit)
         except OpsctlError as error:  # one service's trouble is not the other's
             errors.append(error)
             emit(TaskResult(gateway.name, f"bring up {service.name}", "failed", error.message, error.log_tail))
@@ -213,19 +218,25 @@ def _watched(session: Session, begin: list[str], look: list[str], subject: str, 
     return watch(session, look, subject, emit, first=first)
 
 
-def _wanted(fleet: Fleet, session: Session | None, gateway: Host, service: Service, bundle: Path) -> Wanted | None:
-    lines: list[dict[str, Any]] = []
+def _wanted(fleet: Fleet, session: Session | None, gateway: Host, service: Service, lines: Sequence[Line], bundle: Path
+            ) -> Wanted | None:
     there: list[dict[str, Any]] = []
     if session is not None:
-        lines = ask(session, ["ledger-show", "--service", service.name], host=gateway.name)["lines"]
         there = ask(session, ["releases", "--service", service.name], host=gateway.name)["releases"]
     here = [stored.as_document() for stored in releases_of(bundle, service.name)]
     try:
         return wanted(service, lines, there, here)
     except RefusedError:
-        for directory in folders_of(bundle, service.name, lines[-1]["version"] if lines else service.first_release):
+        last = tip(lines)
+        for directory in folders_of(bundle, service.name, last.version if last else service.first_release):
             read_signed(directory, allowed_signers(fleet))  # it is there, and says what is wrong with it
         raise
+
+
+def _shown(session: Session, gateway: Host, service: Service) -> tuple[Line, ...]:
+    """The ledger as the gateway has it."""
+    shown = ask(session, ["ledger-show", "--service", service.name], host=gateway.name)["lines"]
+    return tuple(map(line_of, shown))
 
 
 def _publish(fleet: Fleet, session: Session, gateway: Host, want: Wanted, bundle: Path, emit: Emit) -> int:
@@ -234,16 +245,14 @@ def _publish(fleet: Fleet, session: Session, gateway: Host, want: Wanted, bundle
     return int(bring_to_gateway(fleet, session, gateway, want.service, want.release, bundle, emit))
 
 
-def _write_ledger(session: Session, gateway: Host, want: Wanted, run: str, emit: Emit) -> int:
+def _write_ledger(fleet: Fleet, books: Books, want: Wanted, run: str, emit: Emit) -> int:
     """The ledger's first line. A ledger that says something is left alone."""
     if want.lines:
         return 0
-    done = ask(session, ["ledger-append", "--service", want.service, "--version", want.version, "--digest", want.digest,
-                         "--after", "0", "--by", f"{getpass.getuser()}@{socket.gethostname()}", "--run", run,
-                         "--note", "first release"], host=gateway.name)
-    status: Status = "changed" if done["changed"] else "ok"
-    emit(TaskResult(gateway.name, f"ledger: {want.service} serves {want.version}", status))
-    return int(done["changed"])
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    by = f"{getpass.getuser()}@{socket.gethostname()}"
+    line = Line(1, want.version, want.digest, at, by, run, "first release")
+    return len(write_lines(fleet, want.service, books, [line], emit).lines) - len(books.lines)
 
 
 def _bundle(fleet: Fleet, bundle: Path | None) -> Path:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opsctl.agent.ledger import Line, line_of, tip
+from opsctl.agent.ledger import Line, tip
 from opsctl.agent.manifest import directory_name
 from opsctl.errors import RefusedError
 from opsctl.fleet.model import Service
@@ -32,7 +32,7 @@ class Wanted:
         return directory_name(self.version, self.digest)
 
 
-def wanted(service: Service, lines: Sequence[Mapping[str, Any]], gateway: Sequence[Mapping[str, Any]],
+def wanted(service: Service, lines: Sequence[Line], gateway: Sequence[Mapping[str, Any]],
            bundle: Sequence[Mapping[str, Any]]) -> Wanted | None:
     """What the ledger's last word is; of an empty ledger, ``first_release``; None when neither says anything.
 
@@ -43,7 +43,7 @@ def wanted(service: Service, lines: Sequence[Mapping[str, Any]], gateway: Sequen
     """
     there = [release for release in gateway if release["complete"]]
     here = list(bundle)  # one that lost a file is refused with its name, later
-    last = tip([line_of(line) for line in lines])
+    last = tip(lines)
     if last is not None:
         version, digest = last.version, last.digest
     elif service.first_release:

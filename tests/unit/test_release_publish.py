@@ -20,7 +20,7 @@ from opsctl.engines.events import Event, Note, TaskResult, discard
 from opsctl.engines.session import Completed
 from opsctl.errors import LockedError, MixedError, OpsctlError, RefusedError, RolledBackError
 from opsctl.fleet.model import Fleet, Host, Service
-from opsctl.releases import first_start, watch
+from opsctl.releases import books, first_start, watch
 from opsctl.releases.first_start import bring_up, check_releases, outcome, plan_host
 from opsctl.releases.ledger import Wanted, wanted
 from opsctl.releases.listing import rows, verify_version
@@ -44,8 +44,8 @@ def entry(version: str, digest: str, *, complete: bool = True) -> dict[str, Any]
 
 # Which release a service should have.
 
-LINE = {"number": 1, "version": "v2", "digest": B, "at": "2026", "by": "ann@desk"}
-MARKED = {**LINE, "number": 2, "version": "v3", "digest": A, "action": "bad"}
+LINE = Line(1, "v2", B, "2026-11-22T03:15:00Z", "ann@desk")
+MARKED = Line(2, "v3", A, "2026-11-22T03:20:00Z", "ann@desk", action="bad")
 
 
 @pytest.mark.parametrize(("lines", "gateway", "bundle", "result"), [
@@ -194,6 +194,8 @@ class Gpu(Machine):
     def send(self, argv: Sequence[str], chunks: Iterable[bytes], *, sudo: bool = True, timeout_s: float = 30.0
              ) -> Completed:
         verb = argv[1]
+        if verb.startswith("ledger-"):
+            return super().send(argv, chunks)
         self.verbs.append(verb)
         if verb == "stage-status" and self.breaks:
             self.breaks -= 1
@@ -216,10 +218,12 @@ class Gpu(Machine):
 @pytest.fixture
 def machines(fleet: Fleet, gateway: Machine, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
              ) -> dict[str, Any]:
-    played: dict[str, Any] = {"ops-1": gateway, "gpu-1": Gpu(Paths(), "gpu-1"), "gpu-2": Gpu(Paths(), "gpu-2")}
+    played: dict[str, Any] = {"ops-1": gateway, "gpu-1": Gpu(Paths(tmp_path / "gpu-1"), "gpu-1"),
+                              "gpu-2": Gpu(Paths(tmp_path / "gpu-2"), "gpu-2")}
     sessions = Sessions(played)
-    monkeypatch.setattr(first_start, "Session", sessions)
-    monkeypatch.setattr(first_start, "on_each", sessions.on_each)
+    for module in (first_start, books):
+        monkeypatch.setattr(module, "Session", sessions)
+        monkeypatch.setattr(module, "on_each", sessions.on_each)
     stored = find(fleet.directory / "bundle", "chat", "v1")
     assert stored is not None
     monkeypatch.setattr(f"{__name__}.A", stored.digest)
@@ -282,7 +286,18 @@ def test_all_that_fail_leave_the_fleet_as_it_was(fleet: Fleet, machines: dict[st
 
 def test_only_the_chosen_hosts(fleet: Fleet, machines: dict[str, Any]) -> None:
     bring_up(fleet, discard, hosts=[fleet.host("gpu-2")])
-    assert machines["gpu-1"].verbs == []
+    assert {verb for verb in machines["gpu-1"].verbs if not verb.startswith("ledger-")} == set()
+
+
+def test_a_gateway_that_was_installed_anew_gets_its_ledger_from_the_hosts(fleet: Fleet, machines: dict[str, Any]
+                                                                          ) -> None:
+    """Else a second first line would say something else than every copy."""
+    bring_up(fleet, discard)
+    ledger = machines["ops-1"].paths.ledgers / "chat.jsonl"
+    before = ledger.read_bytes()
+    ledger.unlink()
+    assert bring_up(fleet, discard)["changed"] == 0
+    assert ledger.read_bytes() == before
 
 
 def test_a_service_without_release_is_noted(fleet: Fleet, machines: dict[str, Any]) -> None:
