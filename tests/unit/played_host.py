@@ -18,11 +18,12 @@ SCRIPT = """#!{python}
 import json, os, sys, time
 folder = {folder!r}
 verb = sys.argv[1] + (" --dry-run" if "--dry-run" in sys.argv else "")
-with open(folder + "/asked", "a") as asked:
+with open(folder + "/asked", "a+") as asked:
+    asked.seek(0)
+    times = sum(json.loads(line)["argv"][0] == sys.argv[1] for line in asked)
     asked.write(json.dumps({{"argv": sys.argv[1:], "root": os.environ.get("AS_ROOT", "")}}) + "\\n")
-answer = json.load(open(folder + "/answers.json"))[verb]
-for signal in answer.get("kills", ()):
-    os.kill(int(open(signal["pid_file"]).read()), signal["number"])
+answers = json.load(open(folder + "/answers.json"))[verb]
+answer = answers[min(times, len(answers) - 1)]
 time.sleep(answer.get("seconds", 0))
 sys.stdout.write(answer["stdout"] if "stdout" in answer else json.dumps(answer["document"]) + "\\n")
 sys.stderr.write(answer.get("stderr", ""))
@@ -38,13 +39,16 @@ class Played:
     folder: Path
 
     def tell(self, verb: str, document: Mapping[str, Any] | None = None, **more: Any) -> None:
+        self.tell_in_turn(verb, {"document": document, **more})
+
+    def tell_in_turn(self, verb: str, *answers: Mapping[str, Any]) -> None:
+        """The first time it is asked the first answer, then the second; the last one from then on."""
         path = self.folder / "answers.json"
-        answers = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**answers, verb: {"document": document, **more}}))
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**known, verb: answers}))
 
     def fail(self, verb: str, code: str, exit_code: int) -> None:
-        error = {"code": code, "message": f"{verb} says no.", "hint": "look", "log_tail": ["last line"]}
-        self.tell(verb, {"error": error, "exit_code": exit_code}, code=exit_code)
+        self.tell_in_turn(verb, failure(verb, code, exit_code))
 
     def asked(self) -> list[list[str]]:
         return [entry["argv"] for entry in self._entries()]
@@ -55,6 +59,12 @@ class Played:
     def _entries(self) -> list[dict[str, Any]]:
         path = self.folder / "asked"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def failure(verb: str, code: str, exit_code: int) -> dict[str, Any]:
+    """An answer with an error document."""
+    error = {"code": code, "message": f"{verb} says no.", "hint": "look", "log_tail": ["last line"]}
+    return {"document": {"error": error, "exit_code": exit_code}, "code": exit_code}
 
 
 def play(server: Server, folder: Path) -> Played:
