@@ -23,8 +23,7 @@ def plan_view(plan: Plan) -> RenderableType:
         moving = step.action == "move"
         table.add_row(step.name, _version(step.now) or "-", "->" if moving else "=", _version(step.next),
                       str(step.wave) if moving else "", _fetch(part) if moving else "",
-                      human_bytes(part.free_after) if part and moving else "", _note(step),
-                      style="" if moving else "dim")
+                      _free(part) if moving else "", _note(step), style="" if moving else "dim")
     return Group(table, tally(plan))
 
 
@@ -61,6 +60,10 @@ def _fetch(part: HostPart | None) -> str:
     if part is None:
         return ""
     return "staged" if part.staged else human_bytes(part.fetch)
+
+
+def _free(part: HostPart | None) -> str:
+    return human_bytes(part.free_after) if part and part.free_after is not None else ""
 
 
 def _note(step: Step) -> str:

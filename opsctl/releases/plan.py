@@ -65,13 +65,13 @@ class Step:
 
 @dataclass(frozen=True)
 class HostPart:
-    """What staging does to a host. Bytes; ``fetch`` None when only an upper bound, ``size``, is known."""
+    """What staging does to a host. Bytes; ``free_after`` None when the host does not say."""
 
     host: str
     staged: bool
     fetch: int
     links: int
-    free_after: int
+    free_after: int | None
     fits: bool
 
 
@@ -194,7 +194,7 @@ def check(plan: Plan, *, allow_outage: bool) -> None:
     """
     full = [part for part in plan.hosts if not part.fits]
     if full:
-        names = ", ".join(f"{part.host} ({_gb(part.fetch)} to fetch, {_gb(part.free_after + part.fetch)} free)"
+        names = ", ".join(f"{part.host} ({_gb(part.fetch)} to fetch, {_gb((part.free_after or 0) + part.fetch)} free)"
                           for part in full)
         raise RefusedError("host.disk_full", f"{plan.target.version} does not fit beside what is there on {names}.",
                            hint="opsctl gc shows what may go; nothing was changed")
@@ -272,8 +272,9 @@ def _hosts(moving: Sequence[Step], states: Mapping[str, Any], stage_plans: Mappi
             continue
         staged = _complete(states[host], target)
         fetch = 0 if staged else target.size
-        free = int(states[host].get("free_bytes", 0))
-        found.append(HostPart(host, staged, fetch, 0, free - fetch, staged or free >= fetch))
+        free = states[host].get("free_bytes")
+        after = None if free is None else int(free) - fetch
+        found.append(HostPart(host, staged, fetch, 0, after, after is None or staged or after >= 0))
     return tuple(found)
 
 
