@@ -44,7 +44,8 @@ def test_help_imports_no_engine() -> None:
         [sys.executable, "-c", "import opsctl.cli.main, sys; print(*sorted(sys.modules))"], env=PLAIN,
         capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
-    assert not loaded & {"ansible", "fabric", "invoke", "paramiko", "yaml", "jinja2", "numpy", "gguf"}
+    assert not loaded & {"ansible", "fabric", "invoke", "paramiko", "yaml", "jinja2", "numpy", "gguf", "pyinfra",
+                         "gevent"}
 
 
 @pytest.mark.parametrize(("arguments", "exit_code", "says"), [
@@ -52,6 +53,9 @@ def test_help_imports_no_engine() -> None:
     (["provision", "--no-such-option"], 2, "No such option"),
     (["provision"], 3, "there is no inventory at"),
     (["status", "elsewhere.ini"], 3, "elsewhere.ini"),
+    (["stage"], 2, "opsctl model list"),
+    (["stage", "--version", "v2", "--rate-limit", "200"], 2, "200M is 200 million bytes per second"),
+    (["stage", "--version", "v2"], 3, "there is no inventory at"),
 ])
 def test_a_wrong_turn_is_told_in_words(tmp_path: Path, arguments: list[str], exit_code: int, says: str) -> None:
     said = opsctl(*arguments, cwd=tmp_path)
