@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from opsctl.agent import audit, cutover_verbs, gateway, ledger_verbs, stage_verbs, traffic_verbs
+from opsctl.agent import audit, cutover_verbs, gateway, leaving, ledger_verbs, stage_verbs, traffic_verbs
 from opsctl.agent.paths import Paths
 from opsctl.agent.state import agent_version, state
 from opsctl.agent.verbs import Act, Arguments, release_of, service, system_error
@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     cutover_verbs.register(verb)
     ledger_verbs.register(verb)
     traffic_verbs.register(verb)
+    leaving.register(verb)
     return parser
 
 

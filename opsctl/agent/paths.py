@@ -59,6 +59,10 @@ class Paths:
     def drains(self, instance: str) -> Path:
         return self.state / "drains" / instance
 
+    def cache(self, instance: str) -> Path:
+        """HOME and compile caches of an instance's engine: its unit's CacheDirectory."""
+        return self.root / "var/cache/opsctl" / instance
+
     @property
     def gates(self) -> Path:
         """What releases showed at the last gate that they passed, a folder for each instance (``passed.py``)."""
