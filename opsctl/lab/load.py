@@ -145,6 +145,8 @@ class Load:
         self._most_tokens = 0  # of one request; 0: not known
         self._tokens_finished = 0
         self._pieces_finished = 0
+        self._look_number = 0
+        self._looked = threading.Condition()
         self._steady = threading.Event()
         self._ended = threading.Event()
         self._error: BaseException | None = None
@@ -197,6 +199,18 @@ class Load:
             why = "; ".join(sorted({record.lacking for record in self._finished if record.lacking})) or "no answer"
             raise OpsctlError("load.not_steady", f"{', '.join(self.target.urls)}: no steady streams after "
                               f"{timeout_s:.0f} s ({why}).", hint="opsctl status says whether the service serves")
+
+    def wait_for_look(self, timeout_s: float = 5.0) -> None:
+        """Waits until everything was looked at once more (``LOOK_S``), or the load has ended.
+
+        Raises:
+            OpsctlError: ``load.silent``: that takes too long, so this computer is too busy for the load.
+        """
+        with self._looked:
+            number = self._look_number
+            if not self._looked.wait_for(lambda: self._look_number != number or self._ended.is_set(), timeout_s):
+                raise OpsctlError("load.silent", f"the load could look at nothing for {timeout_s:.0f} s.",
+                                  hint="this computer is too busy for so many clients")
 
     @property
     def now(self) -> float:
@@ -252,6 +266,8 @@ class Load:
             self._loop.close()
             self._ended.set()
             self._steady.set()
+            with self._looked:
+                self._looked.notify_all()
 
     async def _main(self) -> None:
         watchers: list[Coroutine[Any, Any, None]] = [
@@ -375,6 +391,9 @@ class Load:
             {server: spoken.last for server, spoken in self._spoken.items()}, dict(self._pieces), dict(self._weights),
             lost))
         self._pieces.clear()
+        with self._looked:
+            self._look_number += 1
+            self._looked.notify_all()
 
     async def _listen_to(self, server: str) -> None:
         """Asks one engine which release it is, now and then."""

@@ -91,6 +91,14 @@ def test_streams_in_flight_are_seen_and_end_politely(engine: Engine) -> None:
     assert sum(record.in_flight_at(now) for record in load.records) == 5
 
 
+def test_a_look_can_be_waited_for(engine: Engine) -> None:
+    with Load(at(engine.port), clients=1, tokens=5) as load:
+        for count in range(3):
+            load.wait_for_look()
+            assert len(load.looks) > count
+    load.wait_for_look()  # it has ended: there is nothing to wait for
+
+
 def test_streams_that_hang_are_told(engine: Engine) -> None:
     engine.go.clear()
     load = Load(at(engine.port), clients=2, tokens=4, seconds_per_stream=0.1)
