@@ -141,6 +141,7 @@ def test_all_hosts_that_fail_are_told_all_the_same(row: Row) -> None:
 def test_a_fact_that_fails_leaves_it_to_the_command_to_say_why(row: Row) -> None:
     row.played["gpu-1"].fail("stage-plan", "fetch.failed", 1)
     row.played["gpu-2"].tell("stage-plan", stdout="not json\n")
+    row.played["gpu-3"].fail("stage-plan", "fetch.failed", 1)  # on all hosts: pyinfra would say that none is left
     done = carry_out(row.fleet, [stage(host.name) for host in row.hosts], discard)
     assert set(map(str, done.values())) == {str(RUNNING)}
     found = gather(row.fleet, row.hosts, plans=[("chat", V2)])
@@ -164,6 +165,21 @@ def test_hosts_with_different_orders_keep_their_own_order(row: Row) -> None:
                     "gpu-2": [["gc"], ["cutover", "chat.1"], ["cutover", "chat.0"], ["stage"]],
                     "gpu-3": [["cutover", "chat.0"]]}
     assert done["gpu-2", "gc", "chat"] == {"changed": True, "bytes": 9}
+
+
+NAMES_OF_OPERATIONS = """
+import json, sys
+from opsctl.engines import pyinfra_worker as worker
+worker.run(worker.read_job(sys.stdin.readline()), lambda *event, **more: None)
+state = worker.ctx_state.get()
+print(json.dumps([sorted(state.get_op_meta(operation).names) for operation in state.get_op_order()]))
+"""
+
+
+def test_different_orders_are_different_operations(row: Row) -> None:
+    orders = (stage("gpu-1"), cutover("gpu-2", "chat.0"), gc("gpu-3"))
+    names = json.loads(script_in_worker(NAMES_OF_OPERATIONS, Job(row.fleet, ("gpu-1", "gpu-2", "gpu-3"), (), orders)))
+    assert names == [["pyinfra_parts.stage"], ["pyinfra_parts.cutover"], ["pyinfra_parts.gc"]]
 
 
 def same_as_a_session_says(fleet: Fleet, host: Host) -> OpsctlError:
@@ -423,7 +439,9 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 
 CONTROLLER = """
-import sys
+import signal, sys
+for number in map(int, sys.argv[1:]):
+    signal.signal(number, signal.SIG_IGN)  # and whoever is started from here inherits that
 from opsctl.engines import pyinfra
 from opsctl.engines.pyinfra_job import read_job
 from opsctl.engines.events import discard
@@ -435,10 +453,11 @@ with pyinfra.Worker() as worker:
 """
 
 
-def test_the_worker_dies_with_its_controller(row: Row) -> None:
+@pytest.mark.parametrize("ignored", [[], [signal.SIGTERM, signal.SIGINT]])
+def test_the_worker_dies_with_its_controller(row: Row, ignored: list[int]) -> None:
     row.played["gpu-1"].tell("stage", RUNNING, seconds=60)
-    controller = subprocess.Popen([sys.executable, "-c", CONTROLLER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  text=True)
+    controller = subprocess.Popen([sys.executable, "-c", CONTROLLER, *(str(int(number)) for number in ignored)],
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert controller.stdin
     assert controller.stdout
     controller.stdin.write(write_job(Job(row.fleet, ("gpu-1",), orders=(stage("gpu-1"),))))
