@@ -41,7 +41,7 @@ EXIT_LEFT = 70  # sysexits.h: internal software error
 EXIT_WRONG = 96  # opsctl-launch's: the unit is not started again
 ASK_S = 2.0
 POLL_S = 0.3
-STOP_S = 40.0  # from SIGTERM to SIGKILL of the engine; what the engine itself allows a request that is left is less
+STOP_S = 40.0  # more than an engine itself allows a request that is left
 SMI = ("nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader")
 SMI_S = 60.0
 
@@ -105,6 +105,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--port", required=True, type=int)
     parser.add_argument("--metric", required=True, action="append", help="of requests in flight; may be repeated")
     parser.add_argument("--drain-timeout", required=True, type=float, help="seconds")
+    parser.add_argument("--stop-timeout", type=float, default=STOP_S, help="seconds from SIGTERM to SIGKILL")
     parser.add_argument("--gpus-by-index", metavar="UUIDS", default="", help="GPUs for CUDA_VISIBLE_DEVICES")
     parser.add_argument("engine", nargs="+", help="after --: the engine's argument vector")
     return parser.parse_args(argv)
@@ -146,9 +147,9 @@ def _stop(arguments: argparse.Namespace, engine: subprocess.Popen[bytes]) -> int
     _say("drained" if status == EXIT_DRAINED else "the drain timeout is over: requests are cut off")
     engine.terminate()
     try:
-        engine.wait(STOP_S)
+        engine.wait(arguments.stop_timeout)
     except subprocess.TimeoutExpired:
-        _say(f"the engine did not stop within {STOP_S:.0f} s and is killed")
+        _say(f"the engine did not stop within {arguments.stop_timeout:.0f} s and is killed")
         engine.kill()
         engine.wait()
     return status

@@ -33,6 +33,7 @@ def test_a_good_unit_passes() -> None:
     ("MemoryDenyWriteExecute = true", "MemoryDenyWriteExecute"),
     ("RestrictAddressFamilies=AF_INET AF_UNIX", "RestrictAddressFamilies"),
     ("KillMode=process", "KillMode"),
+    ("KillMode=control-group", "KillMode"),
     ("LimitMEMLOCK=64M", "LimitMEMLOCK"),
     ("DevicePolicy=closed", "DevicePolicy"),
 ])
@@ -61,6 +62,7 @@ def test_the_engines_unit_leaves_the_gpu_in_reach() -> None:
 
 def test_the_engines_unit_waits_longer_than_any_release_may_drain() -> None:
     from opsctl.serving.adapter import MAXIMUM_DRAIN_S
+    from opsctl.serving.front import STOP_S
 
     found = re.search(r"^TimeoutStopSec=(\d+)", template(), re.MULTILINE)
-    assert found is not None and int(found.group(1)) > MAXIMUM_DRAIN_S
+    assert found is not None and int(found.group(1)) > MAXIMUM_DRAIN_S + STOP_S
