@@ -14,6 +14,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from opsctl.agent.durable import sync_directory, write_atomically
+from opsctl.agent.pace import Pace
 from opsctl.errors import OpsctlError, RefusedError
 
 CHUNK = 1 << 20
@@ -29,11 +30,12 @@ Opener = Callable[[urllib.request.Request], Any]
 
 
 def fetch(url: str, path: Path, *, size: int | None, sha256: str, advance: Advance,
-          pause: Callable[[float], None] = time.sleep, open_url: Opener | None = None) -> str:
+          pause: Callable[[float], None] = time.sleep, open_url: Opener | None = None, pace: Pace | None = None) -> str:
     """Brings ``url`` to ``path``; returns the sha256 of what came. What an earlier try left in ``path.part`` is kept.
 
     ``size`` in bytes, None when unknown; ``sha256`` empty when unknown. Without a sha256 nothing would notice that the
     source was replaced between two tries: then a try goes on only when the source says that it is still the same.
+    ``pace``: no faster than that.
 
     Raises:
         RefusedError: the content is not what it should be (``fetch.corrupted``).
@@ -48,7 +50,7 @@ def fetch(url: str, path: Path, *, size: int | None, sha256: str, advance: Advan
     without_progress = 0
     while True:
         try:
-            digest = _attempt(url, partial, size, advance, open_url or _open, certain=bool(sha256))
+            digest = _attempt(url, partial, size, advance, open_url or _open, pace or Pace(), certain=bool(sha256))
             break
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             if isinstance(error, urllib.error.HTTPError) and error.code in (400, 401, 403, 404, 410):
@@ -100,7 +102,8 @@ def _hash(file: IO[bytes], digest: Any, advance: Advance | None) -> None:
             advance(count)
 
 
-def _attempt(url: str, partial: Path, size: int | None, advance: Advance, open_url: Opener, *, certain: bool) -> str:
+def _attempt(url: str, partial: Path, size: int | None, advance: Advance, open_url: Opener, pace: Pace, *,
+             certain: bool) -> str:
     """Appends what is missing to ``partial``; returns the sha256 of all of it. ``certain``: the caller knows that."""
     digest = hashlib.sha256()
     have = _size(partial)
@@ -144,7 +147,7 @@ def _attempt(url: str, partial: Path, size: int | None, advance: Advance, open_u
             if not certain:
                 _remember(partial, response.headers)
         with partial.open("ab" if resumed else "wb") as file:
-            total = _append(response, file, digest, have if resumed else 0, size, advance)
+            total = _append(response, file, digest, have if resumed else 0, size, advance, pace)
     if size is None:
         expected = response.headers.get("Content-Length")
         size = int(expected) + (have if resumed else 0) if expected else total
@@ -184,8 +187,9 @@ def _discard(partial: Path) -> None:
     sync_directory(partial.parent)
 
 
-def _append(response: Any, file: IO[bytes], digest: Any, total: int, size: int | None, advance: Advance) -> int:
-    while chunk := response.read(CHUNK):
+def _append(response: Any, file: IO[bytes], digest: Any, total: int, size: int | None, advance: Advance, pace: Pace
+            ) -> int:
+    while chunk := response.read(pace.chunk()):
         total += len(chunk)
         if size is not None and total > size:
             file.close()
@@ -196,6 +200,7 @@ def _append(response: Any, file: IO[bytes], digest: Any, total: int, size: int |
         file.write(chunk)
         digest.update(chunk)
         advance(len(chunk))
+        pace.spend(len(chunk))
     return total
 
 

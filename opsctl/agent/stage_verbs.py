@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 from opsctl.agent import job, stage
+from opsctl.agent.pace import LEAST_BYTES_PER_S, Pace, read_limit, write_limit
 from opsctl.agent.paths import Paths
 from opsctl.agent.settings import read_settings
 from opsctl.agent.verbs import FOR_EVER_S, AddVerb, Arguments, release_of, waiting, watch, work
@@ -13,10 +15,13 @@ from opsctl.agent.verbs import FOR_EVER_S, AddVerb, Arguments, release_of, waiti
 def register(verb: AddVerb) -> None:
     one = verb("stage", _stage, "bring a release and its engine here, as a unit of its own; watch it")
     release_of(one)
+    one.add_argument("--rate-limit", type=_rate, metavar="BYTES_PER_S",
+                     help="of its files; given again, or left out, it counts for a stage that runs already")
     waiting(one, FOR_EVER_S)
     one = verb("stage-status", _stage_status, "how far staging is", acts=False)
     release_of(one)
     waiting(one, 0)
+    release_of(verb("stage-plan", _plan, "what staging a release would do; writes nothing", acts=False))
     release_of(verb("work-stage", _work_stage, "what the unit of stage runs", audited=False))
 
 
@@ -25,6 +30,7 @@ def _stage(paths: Paths, arguments: Arguments) -> dict[str, Any]:
     name, verb = _stage_job(arguments)
     if stage.is_staged(paths, arguments.service, arguments.release):
         return {"state": "done", "result": {"changed": False, "release": arguments.release}}
+    write_limit(paths.rate_limit(name), arguments.rate_limit)  # before it starts: its first byte counts
     job.start(paths, name, verb)
     return watch(paths, name, verb, arguments.wait_s)
 
@@ -39,7 +45,20 @@ def _stage_job(arguments: Arguments) -> tuple[str, list[str]]:
         "work-stage", "--service", arguments.service, "--release", arguments.release]
 
 
+def _plan(paths: Paths, arguments: Arguments) -> dict[str, Any]:
+    return stage.plan_stage(paths, read_settings(paths).gateway_url, arguments.service, arguments.release)
+
+
 def _work_stage(paths: Paths, arguments: Arguments) -> dict[str, Any]:
-    return work(*_stage_job(arguments), paths, lambda reporter: stage.stage(
+    name, verb = _stage_job(arguments)
+    limit = paths.rate_limit(name)
+    return work(name, verb, paths, lambda reporter: stage.stage(
         paths, read_settings(paths).gateway_url, arguments.service, arguments.release, report=reporter.progress,
-        doing=reporter.doing))
+        doing=reporter.doing, pace=Pace(lambda: read_limit(limit))))
+
+
+def _rate(text: str) -> int:
+    value = int(text)
+    if value < LEAST_BYTES_PER_S:
+        raise argparse.ArgumentTypeError(f"{text} is below {LEAST_BYTES_PER_S} bytes per second")
+    return value

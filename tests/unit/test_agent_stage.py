@@ -15,8 +15,9 @@ from release_kit import ENGINE, Keys, Web, build_environment, lay_down, make_hos
 
 from opsctl.agent import environment
 from opsctl.agent.manifest import Engine
+from opsctl.agent.pace import Pace
 from opsctl.agent.paths import Paths
-from opsctl.agent.stage import is_staged, stage
+from opsctl.agent.stage import MARGIN_BYTES, Plan, Room, is_staged, plan_stage, stage
 from opsctl.errors import OpsctlError, RefusedError
 
 MODEL = os.urandom(200_000)
@@ -278,6 +279,143 @@ def test_a_wheel_with_another_hash_makes_no_environment(host: Paths, web: Web, t
 ])
 def test_which_python_fits(wanted: str, fits: bool) -> None:
     assert environment.python_fits(wanted, (3, 11)) is fits
+
+
+LISTING = """<html><body><pre><a href="../">../</a>
+<a href="xllamacpp-1.0-cp310-abi3-manylinux_x86_64.whl">xllamacpp-1.0-cp310-abi3-manyl..&gt;</a> 22-Nov 100
+<a href="xllamacpp-1.0-cp313-cp313-manylinux_x86_64.whl">x</a> <a href="xllamacpp-2.0-py3-none-any.whl">x</a>
+<a href="torch-2.9.0%2Bcu128-cp310-cp310-manylinux_x86_64.whl">x</a> <a href="typing_extensions-4.1-py3-none-any.whl">
+</a> <a href="opsctl_agent-0.1-py3-none-any.whl">x</a> <a href="lock.txt">x</a></pre></body></html>"""
+
+
+@pytest.mark.parametrize(("lock", "wheels"), [
+    ("xllamacpp==1.0 --hash=sha256:00\n", [["xllamacpp-1.0-cp310-abi3-manylinux_x86_64.whl",
+                                           "xllamacpp-1.0-cp313-cp313-manylinux_x86_64.whl"]]),
+    ("torch==2.9.0+cu128 \\\n    --hash=a\nTyping.Extensions[x]==4.1 ; python_version < '3.11' \\\n    --hash=b",
+     [["torch-2.9.0%2Bcu128-cp310-cp310-manylinux_x86_64.whl"], ["typing_extensions-4.1-py3-none-any.whl"]]),
+    ("numpy==1.0\nxllamacpp==3.0\n", []),
+])
+def test_which_wheels_an_environment_may_take(lock: str, wheels: list[list[str]]) -> None:
+    assert environment.wheels_of(lock, LISTING) == wheels
+
+
+def with_wheel(web: Web, size: int) -> None:
+    web.content["/wheels/"] = b'<a href="xllamacpp-1.0-py3-none-any.whl"></a><a href="xllamacpp-1.0-cp311-x.whl"></a>'
+    web.content["/wheels/xllamacpp-1.0-py3-none-any.whl"] = b"x" * 10
+    web.content["/wheels/xllamacpp-1.0-cp311-x.whl"] = b"x" * size
+
+
+@pytest.fixture
+def without_engine(tmp_path: Path, keys: Keys) -> Paths:
+    return make_host(tmp_path / "bare", keys)
+
+
+ENGINE_BYTES = environment.VENV_BYTES + environment.UNPACKED * 1_000_000
+
+
+def test_space_counts_files_and_engine_beside_what_serves(without_engine: Paths, web: Web, gateway: Path, keys: Keys
+                                                          ) -> None:
+    """Nothing was fetched when one byte is missing, and the engine's wheels were only weighed."""
+    name = publish(web, lay_down(gateway, {"model.gguf": MODEL}, keys.private))
+    with_wheel(web, 1_000_000)
+    enough = len(MODEL) + ENGINE_BYTES + MARGIN_BYTES
+    error = refusal(without_engine, web, name, free_bytes=lambda _: enough - 1)
+    assert (error.code, int(error.exit_code)) == ("host.disk_full", 5)
+    assert "and its engine (about 70 MB) does not fit" in error.message
+    assert not [path for path, _ in web.asked if "/files/" in path]
+    assert not without_engine.engines.exists()
+    plan = plan_stage(without_engine, web.url, "chat", name, free_bytes=lambda _: enough)
+    assert (plan["fits"], plan["free_after_bytes"], plan["engine_bytes"]) == (True, MARGIN_BYTES, ENGINE_BYTES)
+    assert not plan_stage(without_engine, web.url, "chat", name, free_bytes=lambda _: enough - 1)["fits"]
+
+
+def test_a_release_that_is_here_without_its_engine_needs_space_too(without_engine: Paths, web: Web, gateway: Path,
+                                                                   keys: Keys) -> None:
+    name = lay_down(without_engine.releases("chat"), {"model.gguf": MODEL}, keys.private).name
+    with_wheel(web, 1_000_000)
+    with pytest.raises(RefusedError) as error:
+        stage(without_engine, web.url, "chat", name, free_bytes=lambda _: ENGINE_BYTES)
+    assert error.value.code == "host.disk_full"
+    plan = plan_stage(without_engine, web.url, "chat", name, free_bytes=lambda _: ENGINE_BYTES)
+    assert (plan["staged"], plan["engine_built"], plan["fetch_bytes"], plan["fits"]) == (False, False, 0, False)
+
+
+@pytest.mark.parametrize(("of_engines", "fits"), [(ENGINE_BYTES + MARGIN_BYTES, True), (ENGINE_BYTES, False)])
+def test_two_file_systems_are_counted_each_for_itself(tmp_path: Path, of_engines: int, fits: bool) -> None:
+    room = Room(tmp_path / "srv", tmp_path / "opt", ENGINE_BYTES, False,
+                lambda path: of_engines if path.name == "opt" else 1000 + MARGIN_BYTES)
+    plan = Plan((), (), (), 1000)
+    assert room.fits(plan) is fits
+    assert room.after(plan) == MARGIN_BYTES
+    assert not room.fits(Plan((), (), (), 1001))
+
+
+def test_a_gateway_that_lists_no_wheels(without_engine: Paths, web: Web, gateway: Path, keys: Keys) -> None:
+    name = publish(web, lay_down(gateway, {"model.gguf": MODEL}, keys.private))
+    error = refusal(without_engine, web, name)
+    assert error.code == "fetch.failed"
+    assert "/wheels/ could not be asked for the wheels of llamacpp 1.0: HTTP 404" in error.message
+
+
+def contents(root: Path) -> list[tuple[str, int]]:
+    return sorted((str(path), path.lstat().st_mtime_ns) for path in root.rglob("*"))
+
+
+def test_a_plan_tells_what_is_to_be_done_and_writes_nothing(host: Paths, web: Web, gateway: Path, keys: Keys) -> None:
+    first = publish(web, lay_down(gateway, {"model.gguf": MODEL}, keys.private, "v1"))
+    stage(host, web.url, "chat", first)
+    second = publish(web, lay_down(gateway, {"model.gguf": MODEL, "new": b"x" * 500}, keys.private, "v2", threads=2))
+    half = host.releases("chat") / ".staging" / second / "files" / "new.part"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"x" * 100)
+    before = contents(host.root)
+    assert plan_stage(host, web.url, "chat", second, free_bytes=lambda _: 10**9) == {
+        "staged": False, "fetch_bytes": 400, "link_files": 1, "engine_built": True, "engine_bytes": 0,
+        "free_bytes": 10**9, "free_after_bytes": 10**9 - 400, "fits": True}
+    web.asked.clear()
+    staged = plan_stage(host, web.url, "chat", first)
+    assert (staged["staged"], staged["fetch_bytes"], staged["fits"]) == (True, 0, True)
+    assert staged["free_bytes"] == staged["free_after_bytes"]
+    assert web.asked == []
+    assert contents(host.root) == before
+
+
+def test_a_plan_for_a_release_that_is_broken(host: Paths, web: Web, gateway: Path, keys: Keys) -> None:
+    """It is brought whole again: its own files, which will be thrown away, are no source of links."""
+    name = publish(web, lay_down(gateway, {"a": b"1" * 100, "model.gguf": MODEL}, keys.private))
+    stage(host, web.url, "chat", name)
+    folder = host.releases("chat") / name / "files"
+    folder.chmod(0o755)
+    (folder / "a").unlink()
+    plan = plan_stage(host, web.url, "chat", name)
+    assert (plan["staged"], plan["fetch_bytes"], plan["link_files"]) == (False, len(MODEL) + 100, 0)
+    (host.services / "chat" / "current.0").symlink_to(f"releases/{name}")
+    with pytest.raises(RefusedError) as error:
+        plan_stage(host, web.url, "chat", name)
+    assert error.value.code == "release.broken"
+
+
+@pytest.mark.parametrize("missing", ["manifest.json", "manifest.json.sig"])
+def test_a_plan_for_what_the_gateway_cannot_give(host: Paths, web: Web, gateway: Path, keys: Keys, missing: str
+                                                 ) -> None:
+    name = publish(web, lay_down(gateway, {"model.gguf": MODEL}, keys.private))
+    del web.content[f"/releases/chat/{name}/{missing}"]
+    with pytest.raises(RefusedError):
+        plan_stage(host, web.url, "chat", name)
+
+
+def test_the_rate_limit_is_kept_and_progress_stays_exact(host: Paths, web: Web, gateway: Path, keys: Keys) -> None:
+    name = publish(web, lay_down(gateway, {"a": MODEL[:50_000], "model.gguf": MODEL}, keys.private))
+    now = [0.0]
+
+    def pause(seconds: float) -> None:
+        now[0] += seconds
+
+    seen: list[tuple[int, int]] = []
+    stage(host, web.url, "chat", name, report=lambda *one: seen.append(one),
+          pace=Pace(lambda: 50_000, lambda: now[0], pause))
+    assert now[0] == pytest.approx(5.0, abs=0.3)
+    assert seen[-1] == (250_000, 250_000)
 
 
 def test_a_python_that_does_not_fit_is_refused_before_anything_is_built(host: Paths) -> None:
