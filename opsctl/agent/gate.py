@@ -241,7 +241,7 @@ def measure(target: Target, *, patience: Patience = PATIENCE, pause: Callable[[f
 
     The middle of its samples, not the best: a reader that is held up sees a burst, which no release could match.
     """
-    streamed = _streams(target, float("inf"), patience, pause)
+    streamed = _streams(target, None, patience, pause)
     if streamed.check.verdict != "healthy":
         return Baseline()
     rate = statistics.median(streamed.samples) if streamed.samples else None
@@ -255,14 +255,17 @@ class _Streamed:
     disturbed: int
 
 
-def _streams(target: Target, enough: float, patience: Patience, pause: Callable[[float], None]) -> _Streamed:
-    """Streams until one was as fast as ``enough`` tokens per second, ``TRIES`` at the most."""
+def _streams(target: Target, enough: float | None, patience: Patience, pause: Callable[[float], None]) -> _Streamed:
+    """Streams until one was as fast as ``enough`` tokens per second, ``TRIES`` at the most; None: all of them.
+
+    After one that was too slow it waits: whatever held the engine or this reader up may be over then.
+    """
     length = speed_length(target.context)
     samples: list[float] = []
     disturbed = 0
     verdict = Check("stream", "inconclusive")
     for attempt in range(TRIES):
-        if attempt and (disturbed or verdict.verdict == "inconclusive"):
+        if attempt and (enough is not None or disturbed or verdict.verdict == "inconclusive"):
             pause(PAUSE_S)
         before = _others(target)
         exchange = _complete(target, length, patience, stream=True)
@@ -278,7 +281,7 @@ def _streams(target: Target, enough: float, patience: Patience, pause: Callable[
             disturbed += 1
             continue
         samples.append(rate)
-        if rate >= enough:
+        if enough is not None and rate >= enough:
             break
     return _Streamed(verdict, tuple(samples), disturbed)
 

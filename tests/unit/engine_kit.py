@@ -30,7 +30,7 @@ class Moods:
     error: bool = False  # in the middle of a stream
     breaks: bool = False  # closes the connection in the middle
     hangs: threading.Event | None = None  # answers completions once this is set
-    token_s: float = 0.0005
+    token_s: float = 0.0003
     trickles_s: float = 0.0  # between two bytes of an answer
     running: int = 0
     chunks_of: int = 1  # tokens in one event of a stream

@@ -76,7 +76,7 @@ class World:
         if argv[:2] == ["systemctl", "start"]:
             release = self.link.readlink().name
             fresh = {"names": ("chat", f"chat@{release}"), "health": 200, "completions": 200, "lacks": 0, "running": 0,
-                     "chat": 200, "token_s": 0.0002}
+                     "chat": 200}
             for name, value in {**fresh, **self.moods.get(release, {})}.items():
                 setattr(self.engine.moods, name, value)
             if release in self.dies:
@@ -108,7 +108,7 @@ class World:
         if phase == self.ends_at:
             raise Killed
 
-    def cut(self, percent: int = 50, **order: str) -> dict[str, Any]:
+    def cut(self, percent: int = 1, **order: str) -> dict[str, Any]:
         given = {"release": self.v2, "from_release": self.v1, "owner": OWNER, **order}
         return cutover(self.paths, Order("chat.0", min_speed_percent=percent, **given), self.tools())
 
@@ -178,6 +178,12 @@ def test_the_undo_is_written_before_the_first_act(world: World) -> None:
                         "boot": "boot-1"}, True, [OPERATOR, OWNER])
 
 
+def was_fast(world: World) -> None:
+    """v1, of old; it cannot be measured now, because somebody else's requests are in flight."""
+    passed.write(world.paths, "chat.0", world.v1, {"tokens_per_second": 1e9, "chat": True})
+    world.engine.moods.running = 1
+
+
 FAILURES: list[tuple[str, dict[str, Any], type[OpsctlError], str]] = [
     ("dies", {}, RolledBackError, "instance.did_not_start"),
     ("restarts", {}, RolledBackError, "instance.did_not_start"),
@@ -186,9 +192,9 @@ FAILURES: list[tuple[str, dict[str, Any], type[OpsctlError], str]] = [
     ("too short", {"lacks": 3}, RolledBackError, "gate.unhealthy"),
     ("errors", {"completions": 500}, RolledBackError, "gate.unhealthy"),
     ("no chat any more", {"chat": 400}, RolledBackError, "gate.unhealthy"),
-    ("too slow", {"token_s": 0.004}, RolledBackError, "gate.unhealthy"),
+    ("too slow", {}, RolledBackError, "gate.unhealthy"),
     ("later", {"completions": 503}, PausedError, "gate.inconclusive"),
-    ("disturbed", {"running": 1, "token_s": 0.004}, PausedError, "gate.inconclusive"),
+    ("too slow, and disturbed", {"running": 1}, PausedError, "gate.inconclusive"),
 ]
 
 
@@ -204,6 +210,8 @@ def test_what_fails_is_undone_and_the_release_before_serves(world: World, what: 
             if argv[1] in ("start", "stop"):
                 world.units.restarts = int(argv[1] == "start" and world.link.readlink().name == world.v2)
         world.before = restarts
+    if "too slow" in what:
+        was_fast(world)
     with pytest.raises(kind) as error:
         world.cut()
     assert (type(error.value), error.value.code) == (kind, code)
@@ -219,7 +227,7 @@ def test_what_fails_is_undone_and_the_release_before_serves(world: World, what: 
 
 
 def test_any_speed_will_do_when_the_order_says_so(world: World) -> None:
-    world.moods[world.v2] = {"token_s": 0.004}
+    was_fast(world)
     assert world.cut(percent=0)["verdict"] == "healthy"
 
 
@@ -277,15 +285,14 @@ def test_one_that_failed_is_moved_by_its_last_gate(world: World) -> None:
     world.units.units[UNIT] = "failed"
     world.engine.moods.health = 500
     with pytest.raises(RolledBackError) as error:
-        world.cut()
+        world.cut(percent=50)
     assert "1000000000.0" in error.value.message
 
 
 def test_one_that_is_disturbed_is_measured_by_its_last_gate(world: World) -> None:
-    passed.write(world.paths, "chat.0", world.v1, {"tokens_per_second": 1.5, "chat": False})
-    world.engine.moods.running = 1
-    result = world.cut()
-    assert result["baseline_tokens_per_second"] == 1.5
+    was_fast(world)
+    result = world.cut(percent=0)
+    assert result["baseline_tokens_per_second"] == 1e9
     assert "chat" in [check["name"] for check in result["checks"]]  # it answered one now
 
 
