@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from typing import Any
 
+from opsctl.agent import environment, passed, probes, systemd
 from opsctl.agent import manifest as manifests
-from opsctl.agent import probes, systemd
-from opsctl.agent.drains import read_drains
+from opsctl.agent.drains import least_weight, read_drains
 from opsctl.agent.paths import Paths
-from opsctl.agent.settings import Placement, read_placements, read_settings
+from opsctl.agent.settings import Placement, Settings, read_placements, read_settings
+from opsctl.agent.stage import existing, free_bytes_of
 from opsctl.agent.store import Stored, stored_releases
 from opsctl.agent.systemd import Run, Unit
 from opsctl.errors import OpsctlError
 from opsctl.serving import adapter
 
 SCHEMA = "opsctl.host-state/v1"
+VOICE_TIMEOUT_S = 1.0
+VOICE_LIMIT = 1024  # bytes
 
 
 def agent_version() -> str:
@@ -46,13 +51,16 @@ def state(paths: Paths, run: Run = systemd.run) -> dict[str, Any]:
     placements = read_placements(paths)
     units = systemd.show([placement.unit for placement in placements], run)
     releases = {service: stored_releases(paths.releases(service)) for service in _services(paths, placements)}
+    voices = _voices(settings, [placement.instance for placement in placements])
     return {
         "schema": SCHEMA,
         "host": settings.host,
         "agent": agent_version(),
-        "instances": [_instance(paths, placement, units[placement.unit], releases[placement.service])
-                      for placement in placements],
-        "releases": [stored.as_document() for service in sorted(releases) for stored in releases[service]],
+        "instances": [{**_instance(paths, placement, units[placement.unit], releases[placement.service]),
+                       "voice": voices[placement.instance]} for placement in placements],
+        "releases": [{**stored.as_document(), "engine_built": environment.is_complete(paths, stored.release.engine)}
+                     for service in sorted(releases) for stored in releases[service]],
+        "free_bytes": free_bytes_of(existing(paths.services)),
         "holds": [],
         "drains": [drain for placement in placements for drain in read_drains(paths, placement.instance)],
     }
@@ -74,7 +82,29 @@ def _instance(paths: Paths, placement: Placement, unit: Unit, releases: list[Sto
         "release": version if name else "", "digest": stored.digest if stored else "",
         "health": health, "running": running, "waiting": waiting, "since": unit.since,
         "unfinished": paths.undo(placement.instance).exists(),
+        "weight": least_weight(read_drains(paths, placement.instance)),
+        "gate": passed.read(paths, placement.instance, name) if name else None,
     }
+
+
+def _voices(settings: Settings, instances: list[str]) -> dict[str, str]:
+    """What the agent answers for each instance; all asked at once, because one that hangs costs its whole timeout."""
+    if not instances:
+        return {}
+    with ThreadPoolExecutor(len(instances)) as pool:
+        answers = pool.map(lambda instance: ask_voice(settings.listen, settings.agent_check_port, instance), instances)
+        return dict(zip(instances, answers, strict=True))
+
+
+def ask_voice(address: str, port: int, instance: str, timeout_s: float = VOICE_TIMEOUT_S) -> str:
+    """The agent's word for an instance, as load balancers get it (``up 100%``); empty when there is none in time."""
+    try:
+        with socket.create_connection((address, port), timeout=timeout_s) as connection:
+            connection.sendall(f"{instance}\n".encode())
+            with connection.makefile("rb") as answer:
+                return answer.readline(VOICE_LIMIT).decode(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def _engine(placement: Placement, unit: Unit, stored: Stored | None) -> tuple[str, int | None, int | None]:

@@ -41,7 +41,8 @@ class Stored:
 
     def as_document(self) -> dict[str, object]:
         return {"service": self.release.service, "version": self.release.version, "digest": self.digest,
-                "bytes": self.release.size, "complete": self.complete(), "created": self.release.created}
+                "bytes": self.release.size, "complete": self.complete(), "created": self.release.created,
+                "engine": self.release.engine.directory}
 
 
 def stored_releases(releases: Path) -> list[Stored]:
