@@ -37,7 +37,7 @@ from opsctl.serving import adapters
 from opsctl.serving.llamacpp import LLAMACPP, SERVER
 
 NAME = "chat@v2-0123456789ab"
-IMPATIENT = Patience(silence_s=0.5, total_s=1.5)
+IMPATIENT = Patience(silence_s=1.0, total_s=4.0)
 H, U, I = "healthy", "unhealthy", "inconclusive"  # noqa: E741 - a table is read across
 
 
