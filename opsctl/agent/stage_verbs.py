@@ -1,15 +1,15 @@
-"""The verbs of staging."""
+"""The verbs of what lies on a host: releases brought, planned, removed."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from opsctl.agent import job, stage
+from opsctl.agent import gc, job, stage
 from opsctl.agent.pace import LEAST_BYTES_PER_S, Pace, read_limit, write_limit
 from opsctl.agent.paths import Paths
 from opsctl.agent.settings import read_settings
-from opsctl.agent.verbs import FOR_EVER_S, AddVerb, Arguments, release_of, waiting, watch, work
+from opsctl.agent.verbs import FOR_EVER_S, AddVerb, Arguments, folder, release_of, service, waiting, watch, work
 
 
 def register(verb: AddVerb) -> None:
@@ -22,6 +22,10 @@ def register(verb: AddVerb) -> None:
     release_of(one)
     waiting(one, 0)
     release_of(verb("stage-plan", _plan, "what staging a release would do; writes nothing", acts=False))
+    one = verb("gc", _gc, "remove a service's releases that nobody here serves, and engines that no release needs")
+    one.add_argument("--service", required=True, type=service)
+    one.add_argument("--keep", action="append", default=[], type=folder, metavar="VERSION-DIGEST12")
+    one.add_argument("--dry-run", action="store_true", help="only tell what would go")
     release_of(verb("work-stage", _work_stage, "what the unit of stage runs", audited=False))
 
 
@@ -47,6 +51,10 @@ def _stage_job(arguments: Arguments) -> tuple[str, list[str]]:
 
 def _plan(paths: Paths, arguments: Arguments) -> dict[str, Any]:
     return stage.plan_stage(paths, read_settings(paths).gateway_url, arguments.service, arguments.release)
+
+
+def _gc(paths: Paths, arguments: Arguments) -> dict[str, Any]:
+    return gc.collect(paths, arguments.service, arguments.keep, dry_run=arguments.dry_run)
 
 
 def _work_stage(paths: Paths, arguments: Arguments) -> dict[str, Any]:
