@@ -53,8 +53,8 @@ class Paths:
 
     @property
     def boot_id(self) -> Path:
-        """The kernel's name for this boot."""
-        return self.root / "proc/sys/kernel/random/boot_id"
+        """Our name for this boot (``unfinished.boot``); /run is empty after each."""
+        return self.root / "run/opsctl/boot"
 
     def drains(self, instance: str) -> Path:
         return self.state / "drains" / instance

@@ -7,11 +7,14 @@ belongs to nobody. Who works on an instance holds the lock beside its record, wh
 from __future__ import annotations
 
 import json
+import os
+import tempfile
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from opsctl.agent.durable import locked, remove_durably, write_atomically
+from opsctl.agent.durable import READABLE, locked, make_directory, remove_durably, write_atomically
 from opsctl.agent.paths import Paths
 from opsctl.errors import OpsctlError
 
@@ -60,6 +63,22 @@ def remove(paths: Paths, instance: str) -> None:
 
 
 def boot(paths: Paths) -> str:
+    """A name for this boot, given by the first that asks as root; empty while nobody has: then nothing is of this boot.
+
+    Not the kernel's boot_id: a sandboxed unit with its own view of /proc, in a container, reads another machine's there.
+    """
+    with suppress(FileNotFoundError):
+        return paths.boot_id.read_text().strip()
+    try:
+        make_directory(paths.boot_id.parent)
+        with tempfile.NamedTemporaryFile("w", dir=paths.boot_id.parent, prefix=".boot.") as file:
+            file.write(f"{uuid.uuid4()}\n")
+            file.flush()
+            os.fchmod(file.fileno(), READABLE)
+            with suppress(FileExistsError):  # somebody was quicker
+                os.link(file.name, paths.boot_id)
+    except PermissionError:
+        return ""
     return paths.boot_id.read_text().strip()
 
 

@@ -127,9 +127,10 @@ def update_model(request: Request, run: Run, emit: Emit, approve: Approve) -> di
     if plan.moves:
         plans.check(plan, allow_outage=request.allow_outage)
         approve(plan)
-        hosts = [request.fleet.host(part.host) for part in plan.hosts]
-        stage_release(request.fleet, hosts, request.service, target.release, emit, rate_limit=request.rate_limit,
-                      bundle=request.bundle)
+        lacking = [request.fleet.host(part.host) for part in plan.hosts if not part.staged]
+        if lacking:
+            stage_release(request.fleet, lacking, request.service, target.release, emit,
+                          rate_limit=request.rate_limit, bundle=request.bundle)
     rolled = _roll(request, plan, run, emit, speed=None)
     lines = [] if _tip_is(looked.books, target) else [("serve", target.version, target.digest, "")]
     return _finish(request, run, emit, looked, rolled, lines)
