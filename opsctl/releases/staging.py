@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opsctl.agent.manifest import directory_name, split_directory_name
+from opsctl.agent.pace import LEAST_BYTES_PER_S
 from opsctl.engines.events import Emit, Note, PhaseStarted, TaskResult, one_at_a_time
 from opsctl.engines.pyinfra import HostFacts, Order, Worker, carry_out, gather
 from opsctl.engines.session import Session, on_each
@@ -28,7 +29,6 @@ from opsctl.releases.watch import OUT_OF_REACH, watch
 WATCHERS = 128  # hosts that are watched at once; more are staged all the same
 RATE = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>[KMGT])(B(/s)?)?", re.IGNORECASE)
 UNITS = {"K": 10 ** 3, "M": 10 ** 6, "G": 10 ** 9, "T": 10 ** 12}
-SLOWEST = 1000  # bytes per second
 
 Document = Mapping[str, Any]
 
@@ -59,7 +59,7 @@ def bytes_per_second(text: str) -> int:
         return 0
     match = RATE.fullmatch(text.strip())
     rate = int(float(match["number"]) * UNITS[match["unit"].upper()]) if match else 0
-    if rate < SLOWEST:
+    if rate < LEAST_BYTES_PER_S:
         raise UsageError("stage.bad_rate", f"--rate-limit {text} is no rate of bytes per second.",
                          hint="a number with K, M or G: 200M is 200 million bytes per second on each host")
     return rate
