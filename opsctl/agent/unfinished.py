@@ -65,7 +65,7 @@ def remove(paths: Paths, instance: str) -> None:
 def boot(paths: Paths) -> str:
     """A name for this boot, given by the first that asks as root; empty while nobody has: then nothing is of this boot.
 
-    Not the kernel's boot_id: a sandboxed unit with its own view of /proc, in a container, reads another machine's there.
+    Not the kernel's boot_id: a sandboxed unit with its own view of /proc, in a container, reads another machine's.
     """
     with suppress(FileNotFoundError):
         return paths.boot_id.read_text().strip()
