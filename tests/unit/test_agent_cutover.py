@@ -165,6 +165,14 @@ def test_and_back(world: World) -> None:
     assert world.serves == world.v1
 
 
+def test_ordered_starts_do_not_count_against_the_limit_of_an_hour(world: World) -> None:
+    world.dies.add(world.v2)
+    with pytest.raises(RolledBackError):
+        world.cut()
+    verbs = [argv[1] for argv in world.units.orders if argv[0] == "systemctl" and argv[1] != "show"]
+    assert verbs == ["stop", "reset-failed", "start", "stop", "reset-failed", "start"]
+
+
 def test_the_undo_is_written_before_the_first_act(world: World) -> None:
     seen: list[tuple[Any, bool, list[str]]] = []
 
