@@ -109,7 +109,7 @@ def post(placement: Placement, path: str, body: Mapping[str, Any], patience: Pat
         while not response.isclosed():
             left = began + patience.total_s - time.monotonic()
             if left <= 0:
-                return Exchange(status, tuple(batches), f"not done after {patience.total_s:.0f} s")
+                raise TimeoutError
             channel.settimeout(min(patience.silence_s, left))
             data = response.read1(READ_BYTES)
             if not data:
@@ -119,8 +119,9 @@ def post(placement: Placement, path: str, body: Mapping[str, Any], patience: Pat
                 return Exchange(status, tuple(batches), f"more than {LIMIT_BYTES} bytes")
             batches.append((time.monotonic() - began, data))
     except TimeoutError:
-        return Exchange(status, tuple(batches), f"silent for {patience.silence_s:.0f} s, given up after "
-                        f"{time.monotonic() - began:.0f} s")
+        over = time.monotonic() - began >= patience.total_s
+        return Exchange(status, tuple(batches), f"not done after {patience.total_s:.0f} s" if over else
+                        f"silent for {patience.silence_s:.0f} s")
     except (OSError, http.client.HTTPException) as error:
         return Exchange(status, tuple(batches), f"the connection failed: {error or type(error).__name__}")
     finally:

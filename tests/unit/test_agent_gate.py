@@ -214,7 +214,6 @@ def test_chat_is_asked_only_where_the_release_before_answered_one() -> None:
     ({"completions": 503}, "stream", I), ({"completions_later": 2}, "completion", H),
     ({"done": False}, "stream", U), ({"usage": False}, "stream", U), ({"error": True}, "stream", U),
     ({"breaks": True}, "stream", U), ({"chunks_of": 8}, "stream", H),
-    ({"trickles_s": 0.2}, "completion", U),  # never silent for long, and never done
     ({"token_s": 0.05}, "stream", U),  # 128 of them take longer than anybody waits
 ])
 def test_one_that_misbehaves(moods: dict[str, Any], check: str, verdict: str) -> None:
@@ -224,6 +223,17 @@ def test_one_that_misbehaves(moods: dict[str, Any], check: str, verdict: str) ->
         assert found[check].verdict == verdict, report.checks
         assert report.verdict == verdict
         assert verdict == H or found[check].detail
+
+
+def test_one_that_trickles_is_not_waited_for() -> None:
+    with engine(names=(NAME,), trickles_s=0.2) as one:
+        assert ask(one).checks[-1].detail == f"not done after {IMPATIENT.total_s:.0f} s"
+
+
+def test_no_more_is_asked_for_than_its_context_holds() -> None:
+    with engine(names=(NAME,)) as one:
+        gate.check(replace(target(one), context=64), Baseline(), 50, patience=IMPATIENT)
+        assert [body["max_tokens"] for _, body in one.moods.asked if body.get("stream")] == [32]
 
 
 def test_garbage_in_a_completion() -> None:
