@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.text import Text
 
 from opsctl.cli.speak import AsJson, Debug, Inventory, find_inventory, speaking
 
@@ -36,20 +36,19 @@ def history(inventory: Inventory = None, service: ServiceOption = "", as_json: A
         if not books.gateway_up:
             speaker.say(f"[yellow]from the copy on {books.source}; the gateway: {books.silence}[/yellow]")
         rows = rows_of(books.lines)
-        speaker.result({"service": name, "source": books.source, "lines": rows}, _table(name, rows))
+        speaker.result({"service": name, "source": books.source, "lines": rows}, _lines(name, rows))
 
 
-def _table(service: str, rows: list[dict[str, Any]]) -> Table | str:
+def _lines(service: str, rows: list[dict[str, Any]]) -> Text:
+    """Columns as wide as they need: a run's name that is cut short helps nobody."""
     from opsctl.releases.history import mark
 
     if not rows:
-        return f"the ledger of {service} is empty: it never served"
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("", "when (UTC)", "action", "version", "by", "run", "", "note"):
-        table.add_column(column)
-    for row in rows:
-        said = mark(row)
-        style = "green" if row["now"] else "red" if row["bad"] or row["action"] == "bad" else ""
-        table.add_row(str(row["number"]), row["at"][:19].replace("T", " "), row["action"], row["version"], row["by"],
-                      row["run"], said, row["note"], style=style)
-    return table
+        return Text(f"the ledger of {service} is empty: it never served")
+    cells = [["#", "when (UTC)", "action", "version", "by", "run", "", "note"]]
+    cells += [[str(row["number"]), row["at"][:16].replace("T", " "),
+               *(row[key] for key in ("action", "version", "by", "run")), mark(row), row["note"]] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    styles = ["bold", *("green" if row["now"] else "red" if "bad" in (row["action"], mark(row)) else "" for row in rows)]
+    words = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    return Text("\n").join(Text(line, style) for line, style in zip(words, styles, strict=True))
