@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from opsctl.agent.ledger import line_of
+from opsctl.agent.manifest import split_directory_name
 from opsctl.agent.trust import read_signed
 from opsctl.engines.events import Emit, Note, TaskResult, one_at_a_time
 from opsctl.engines.session import Session, on_each
@@ -27,7 +28,7 @@ from opsctl.releases.remote import ask, has_agent
 from opsctl.releases.staging import allowed_signers, bring_to_gateway, verified
 from opsctl.releases.store import folders_of, releases_of
 from opsctl.releases.watch import watch
-from opsctl.status import instance_state
+from opsctl.status import SERVING, instance_state
 
 ROTATION_S = 20.0  # the load balancer checks each second and wants two good answers
 
@@ -162,11 +163,16 @@ def _host(session: Session, want: Wanted, emit: Emit) -> HostResult:
     for instance in plan.start:
         try:
             where = [instance, "--release", want.release]
-            _watched(session, ["first-start", *where], ["first-start-status", *where], f"start {instance}", emit)
+            done = _watched(session, ["first-start", *where], ["first-start-status", *where], f"start {instance}", emit)
         except (RolledBackError, PausedError) as error:
             result.errors.append(error)
             emit(TaskResult(host, f"first start of {instance}", "failed", error.message, error.log_tail))
             result.instances.append(_row(host, instance, "", "did not start"))
+            continue
+        if not done["changed"]:  # a cutover of it had been cut off: it is undone, and serves again what it served
+            version, _ = split_directory_name(done["release"])
+            result.instances.append(_row(host, instance, version,
+                                         SERVING if done["release"] == want.release else "behind"))
             continue
         result.changed += 1
         emit(TaskResult(host, f"first start of {instance} on {want.version}", "changed"))
