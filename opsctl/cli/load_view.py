@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ EIGHTHS = " ▁▂▃▄▅▆▇█"
 # Blue and orange first: they differ for everybody's eyes, and on light and dark terminals.
 COLOURS = ("#4c9be8", "#f2a33a", "#67c587", "#c678dd", "#e0556b", "#3fc1c9")
 FILLS = "█▒▓░"  # instead, where there are no colours
+NO_STYLE = Style.null()
 WAITING = "grey42"
 WAITING_FILL = "·"
 STATE_STYLE = {"serving": "green", "draining": "yellow", "drained": "yellow", "down": "red"}
@@ -87,14 +89,20 @@ def _graph(shown: Sequence[Column], wide: int, label: int, height: int, top: int
     for row in reversed(range(height)):
         mark = {height - 1: str(top), height // 2: str(round(top * (height // 2 + 1) / height)), 0: "0"}.get(row, "")
         line = Text(f"{mark:>{label - 1}} ", "dim")
-        for stack in stacks:
-            line.append(*_cell([(release, count * height * 8 / top - row * 8) for release, count in stack], ink))
+        _fill(line, [_cell([(release, count * height * 8 / top - row * 8) for release, count in stack], ink)
+                     for stack in stacks])
         lines.append(line)
     lines[0].append("  streams in flight", "dim")
     losses = "".join("x" if column.lost else " " for column in (*padding, *shown))
     if losses.strip():
         lines.append(Text.assemble((f"{'lost':>{label - 1}} ", "bold red"), (losses, "bold red")))
     return lines
+
+
+def _fill(line: Text, cells: Iterable[tuple[str, Style]]) -> None:
+    """Appends characters, those of one style as one piece: a terminal far away gets a tenth of the bytes."""
+    for style, group in itertools.groupby(cells, key=lambda cell: cell[1]):
+        line.append("".join(character for character, _ in group), style)
 
 
 def _stack(column: Column, ink: Ink) -> list[tuple[str, float]]:
@@ -107,7 +115,7 @@ def _stack(column: Column, ink: Ink) -> list[tuple[str, float]]:
     return [*edges, ("", upper)]
 
 
-def _cell(edges: Iterable[tuple[str, float]], ink: Ink) -> tuple[str, str | Style]:
+def _cell(edges: Iterable[tuple[str, float]], ink: Ink) -> tuple[str, Style]:
     """One character, of edges in eighths above its lower side: the two largest areas in it, one above the other."""
     pieces, below = [], 0.0
     for release, edge in edges:
@@ -116,11 +124,11 @@ def _cell(edges: Iterable[tuple[str, float]], ink: Ink) -> tuple[str, str | Styl
             pieces.append((upper - below, release, upper))
         below = upper
     if not pieces:
-        return " ", ""
+        return " ", NO_STYLE
     largest = sorted(sorted(pieces, reverse=True)[:2], key=lambda piece: piece[2])
     first = largest[0]
     if not ink.colours:
-        return (ink.fill(max(largest)[1]) if sum(piece[0] for piece in largest) >= 4 else " "), ""
+        return (ink.fill(max(largest)[1]) if sum(piece[0] for piece in largest) >= 4 else " "), NO_STYLE
     eighths = round(first[2])
     if len(largest) == 2:
         return EIGHTHS[eighths], Style(color=ink.colour(first[1]), bgcolor=ink.colour(largest[1][1]))
@@ -141,16 +149,20 @@ def _strips(picture: Picture, shown: Sequence[Column], wide: int, label: int, in
     lines = []
     for server in picture.servers[:most]:
         line = Text(f"{server:<{label}}" + " " * (wide - len(shown)))
-        for column in shown:
-            release, count = column.by_server[server]
-            eighths = min(8, max(1, round(count * 8 / peak))) if count else 0
-            line.append(EIGHTHS[eighths], ink.colour(release) if ink.colours else "")
+        _fill(line, [_bar(*column.by_server[server], peak, ink) for column in shown])
         release, word = look.releases.get(server, ""), state(look, server)
         line.append("  ").append_text(ink.sample(release))
         line.append(f" {version(release) or '?':<6} {look.in_flight.get(server, 0):>3} in flight  ")
         lines.append(line.append(word, STATE_STYLE.get(word, "")))
     hidden = len(picture.servers) - most
     return lines if hidden <= 0 else [*lines, Text(f"and {hidden} more", "dim")]
+
+
+def _bar(release: str, count: float, peak: float, ink: Ink) -> tuple[str, Style]:
+    if not count:
+        return " ", NO_STYLE
+    style = Style(color=ink.colour(release)) if ink.colours else NO_STYLE
+    return EIGHTHS[min(8, max(1, round(count * 8 / peak)))], style
 
 
 def _legend(picture: Picture, ink: Ink) -> Text:

@@ -1,0 +1,173 @@
+"""Releases are changed under load, and what is lost is counted, with teeth.
+
+Engines here drop their streams as soon as they are told to end, clients try nothing twice, and a stream counts when all
+its tokens arrived. So every stream that an engine still had when it was stopped shows, and the controls prove it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from command import opsctl, succeeds
+from conftest import NAME, LabFleet
+from under_load import (
+    LEAST_IN_FLIGHT,
+    DrainWatch,
+    be_nice,
+    import_slow,
+    load_on,
+    lost,
+    reload_balancer,
+    told,
+    without_server_state,
+)
+
+from opsctl.engines.events import discard
+from opsctl.lab import laboratory, state
+from opsctl.lab.load import Load
+from opsctl.releases.remote import HOST_PROGRAM
+from opsctl.releases.store import find
+
+pytestmark = pytest.mark.lab
+
+STREAMS = 1500
+GPU_HOSTS = 3
+UNIT = "inference@chat.0.service"
+SERVER = "gpu-1.chat.0"
+# HAProxy asks the agents of its servers one after the other when it starts: the last one may get requests for longest.
+LAST = "gpu-3.chat.0"
+RELOADS = 10
+OWNER = "operator:test"
+
+
+@pytest.fixture(scope="module")
+def busy(computer: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabFleet]:
+    """Three hosts that serve v1 of the slow model; v2 lies in the bundle."""
+    name = f"{NAME}-load"
+    directory = tmp_path_factory.mktemp("busy") / "fleet"
+    laboratory.down(name, keep_fleet=False, emit=discard)  # of a run that was killed
+    try:
+        lab = laboratory.up(name, GPU_HOSTS, directory, None, discard).lab
+        fleet = LabFleet(name, directory, tuple(machine.name for machine in lab.machines))
+        succeeds("bundle", "build", inventory=fleet.inventory)
+        import_slow(fleet, "v1", seed=0)
+        be_nice(fleet)
+        succeeds("provision", inventory=fleet.inventory)
+        import_slow(fleet, "v2", seed=1)
+        yield fleet
+    finally:
+        if state.exists(name):
+            laboratory.down(name, keep_fleet=False, emit=discard)
+
+
+def release(lab: LabFleet, version: str) -> str:
+    stored = find(lab.directory / "bundle", "chat", version)
+    assert stored is not None
+    return stored.directory.name
+
+
+def verb(lab: LabFleet, host: str, *arguments: str, timeout_s: float = 300.0) -> dict[str, Any]:
+    """What opsctl-host answers as root on a machine."""
+    done = lab.run(host, ["sudo", HOST_PROGRAM, *arguments], timeout_s=timeout_s)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document
+
+
+def serving(lab: LabFleet) -> set[str]:
+    """The versions that the instances serve; all of them must be healthy and get requests."""
+    found = []
+    for host in lab.gpu_hosts:
+        (instance,) = verb(lab, host, "state", "--json")["instances"]
+        assert (instance["health"], instance["voice"]) == ("healthy", "up 100%"), instance
+        found.append(instance["release"])
+    return set(found)
+
+
+def test_an_update_and_a_rollback_of_three_hosts_lose_no_stream(busy: LabFleet) -> None:
+    with load_on(busy) as load, DrainWatch(load) as watch, ThreadPoolExecutor(1) as operator:
+        load.wait_until_steady()
+        update = operator.submit(opsctl, "update-model", "--version", "v2", "--yes", inventory=busy.inventory)
+        watch.wait_for(1, update)
+        reload_balancer(busy)  # while an instance drains: the new process must know, the old one has its streams
+        assert update.result().returncode == 0, f"{update.result().stderr}\n{told(load)}"
+        assert serving(busy) == {"v2"}
+        rollback = operator.submit(opsctl, "rollback", "--yes", inventory=busy.inventory)
+        watch.wait_for(GPU_HOSTS + 2, rollback)
+        reload_balancer(busy)
+        assert rollback.result().returncode == 0, f"{rollback.result().stderr}\n{told(load)}"
+        assert serving(busy) == {"v1"}
+        while load.count < STREAMS:
+            load.wait_for_look(60)
+    records = load.records
+    print(told(load), *watch.drains, sep="\n")  # noqa: T201 - shown with -s and on failure
+    assert len(records) >= STREAMS
+    assert not lost(records)
+    assert [drain.server for drain in watch.drains] == [f"{host}.chat.0" for host in busy.gpu_hosts] * 2
+    assert min(drain.in_flight for drain in watch.drains) >= LEAST_IN_FLIGHT, watch.drains
+    answered = {(record.release, record.server) for record in records if record.whole}
+    assert answered >= {(release(busy, version), f"{host}.chat.0")
+                        for version in ("v1", "v2") for host in busy.gpu_hosts}
+    assert 3 <= statistics.median(record.seconds for record in records) <= 8
+
+
+def test_a_cutover_without_a_drain_loses_streams(busy: LabFleet) -> None:
+    """The same load, the same engines, the same stop, ordered on the host itself: what is missing is the drain."""
+    (instance,) = verb(busy, "gpu-1", "state", "--json")["instances"]
+    old = f"{instance['release']}-{instance['digest'][:12]}"
+    new = release(busy, "v1" if instance["release"] == "v2" else "v2")
+    order = ("cutover", "chat.0", "--release", new, "--from", old)
+    with load_on(busy) as load:
+        load.wait_until_steady()
+        assert load.in_flight(SERVER) >= LEAST_IN_FLIGHT
+        verb(busy, "gpu-1", *order, "--wait-s", "0")
+        while load.release_now(SERVER) != new:
+            load.wait_for_look(60)
+    done = verb(busy, "gpu-1", *order)
+    assert done["result"]["verdict"] == "healthy", done
+    assert {server for _, server in lost(load.records)} == {SERVER}, told(load)
+    assert load.lost >= LEAST_IN_FLIGHT, told(load)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remembers", [False, True])
+def test_a_reload_forgets_a_drain_without_the_server_state_file(busy: LabFleet, remembers: bool) -> None:
+    """Drained by hand and seen to be; then reloads; then the engine is restarted, for it is drained, is it not?"""
+    with load_on(busy) as load:
+        load.wait_until_steady()
+        verb(busy, "gpu-3", "drain", "chat.0", "--owner", OWNER)
+        try:
+            seen = verb(busy, "ops-1", "balancer", "--drained", LAST, "--wait-s", "120")
+            assert not seen["busy"], seen
+            assert verb(busy, "gpu-3", "idle", "chat.0", "--wait-s", "60")["idle"]
+            assert not load.in_flight(LAST)
+            if remembers:
+                reload_and_restart(busy, load)
+            else:
+                with without_server_state(busy):
+                    reload_and_restart(busy, load)
+        finally:
+            verb(busy, "gpu-3", "undrain", "chat.0", "--owner", OWNER)
+            back = verb(busy, "ops-1", "balancer", "--wanted", LAST, "--wait-s", "120")
+        assert not back["missing"], back
+    if remembers:
+        assert not lost(load.records), told(load)
+    else:
+        assert {server for _, server in lost(load.records)} == {LAST}, told(load)
+
+
+def reload_and_restart(lab: LabFleet, load: Load) -> None:
+    """The engine is restarted as soon as requests come to it; or after ten reloads, when none did."""
+    for _ in range(RELOADS):
+        reload_balancer(lab)
+        load.wait_for_look()
+        load.wait_for_look()
+        if load.in_flight(LAST):
+            break
+    done = lab.run("gpu-3", ["sudo", "systemctl", "restart", UNIT], timeout_s=300)
+    assert done.returncode == 0, done.stderr
