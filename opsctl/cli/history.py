@@ -49,6 +49,6 @@ def _lines(service: str, rows: list[dict[str, Any]]) -> Text:
     cells += [[str(row["number"]), row["at"][:16].replace("T", " "),
                *(row[key] for key in ("action", "version", "by", "run")), mark(row), row["note"]] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    styles = ["bold", *("green" if row["now"] else "red" if "bad" in (row["action"], mark(row)) else "" for row in rows)]
+    styles = ["green" if row["now"] else "red" if "bad" in (row["action"], mark(row)) else "" for row in rows]
     words = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return Text("\n").join(Text(line, style) for line, style in zip(words, styles, strict=True))
+    return Text("\n").join(Text(line, style) for line, style in zip(words, ["bold", *styles], strict=True))
