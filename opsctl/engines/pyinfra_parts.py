@@ -103,8 +103,8 @@ def serves_already(state: Document | None, instance: str, release: str) -> bool:
 
 
 def nothing_to_remove(plan: Document | None) -> bool:
-    """Whether a garbage plan says that all of it stays. Pure; ``changed`` of a plan is never true."""
-    return plan is not None and not plan.get("removed") and not plan.get("engines")
+    """Whether a garbage plan says that all of it stays. Pure. ``changed`` of a plan is never true."""
+    return plan is not None and "removed" in plan and not any(plan.get(key) for key in ("removed", "engines", "bytes"))
 
 
 @operation()
