@@ -5,6 +5,7 @@ Boots a lab of its own for what needs machines (root); without root only the com
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -13,13 +14,16 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parents[2]
+OPSCTL = str(BIN / "opsctl")
 REPEATS = 5
+CHANGES = 3  # there and back
 
 
 def seconds(arguments: Sequence[str], **environment: str) -> float:
@@ -42,37 +46,69 @@ def paired(table: Table, what: str, ours: Sequence[str], against: str, theirs: S
     table.add_row(what, f"{mine:.2f} s", against, f"{other:.2f} s", f"{ratio:.2f}")
 
 
+def document(arguments: Sequence[str]) -> Any:
+    """What a verb answers with ``--json``."""
+    done = subprocess.run([*arguments, "--json"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments)}: exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout)
+
+
+def import_release(fleet: Path, version: str, seed: int) -> None:
+    """A release of a model of 100 MB, in the bundle."""
+    file = str(fleet / f"{version}.gguf")
+    seconds([OPSCTL, "lab", "model", file, "--size", "mid", "--seed", str(seed)])
+    seconds([OPSCTL, "model", "import", file, "--service", "chat", "--version", version, "--set", "threads=1",
+             "--inventory", str(fleet / "inventory.ini")])
+
+
 def fleet_rows(table: Table, directory: Path) -> None:
-    """Provision and status of a provisioned fleet of 1 + 2 machines."""
+    """Provision and status of a provisioned fleet of 1 + 2 machines; then an update and a rollback of it."""
     fleet = directory / "fleet"
     inventory = fleet / "inventory.ini"
-    opsctl = str(BIN / "opsctl")
-    for arguments in (["lab", "up", "--name", "bench", "--gpu-hosts", "2", "--fleet", str(fleet)],
-                      ["bundle", "build", str(inventory)], ["lab", "model", str(fleet / "tiny.gguf")],
-                      ["model", "import", str(fleet / "tiny.gguf"), "--service", "chat", "--version", "v1",
-                       "--inventory", str(inventory)],
-                      ["provision", str(inventory)]):
-        took = seconds([opsctl, *arguments])
-        if arguments[0] == "provision":
-            table.add_row("provision, bare to serving", f"{took:.2f} s", "", "", "")
-    paired(table, "provision, nothing to do", [opsctl, "provision", str(inventory)], "ansible-playbook site.yml",
+    seconds([OPSCTL, "lab", "up", "--name", "bench", "--gpu-hosts", "2", "--fleet", str(fleet)])
+    seconds([OPSCTL, "bundle", "build", str(inventory)])
+    import_release(fleet, "v1", seed=0)
+    table.add_row("provision, bare to serving", f"{seconds([OPSCTL, 'provision', str(inventory)]):.2f} s", "", "", "")
+    change_rows(table, fleet)
+    paired(table, "provision, nothing to do", [OPSCTL, "provision", str(inventory)], "ansible-playbook site.yml",
            [str(BIN / "ansible-playbook"), "-i", str(inventory), str(ROOT / "playbooks" / "site.yml")],
            repeats=3, ANSIBLE_CONFIG=str(fleet / "ansible.cfg"))
-    paired(table, "status of three hosts", [opsctl, "status", str(inventory)], "ansible all -m ping",
+    paired(table, "status of three hosts", [OPSCTL, "status", str(inventory)], "ansible all -m ping",
            [str(BIN / "ansible"), "-i", str(inventory), "all", "-m", "ping"],
            repeats=3, ANSIBLE_CONFIG=str(fleet / "ansible.cfg"))
 
 
+def change_rows(table: Table, fleet: Path) -> None:
+    """How long an instance gets no requests, over what its engine needs to start; going back, over going there."""
+    import_release(fleet, "v2", seed=1)
+    inventory = str(fleet / "inventory.ini")
+    out, start, there, back = [], [], [], []
+    for _ in range(CHANGES):
+        began = time.perf_counter()
+        changed = document([OPSCTL, "update-model", inventory, "--version", "v2", "--yes", "--allow-bad"])
+        there.append(time.perf_counter() - began)
+        back.append(seconds([OPSCTL, "rollback", inventory, "--yes"]))
+        out += [instance["out_of_rotation_s"] for instance in changed["instances"]]
+        start += [instance["start_s"] for instance in changed["instances"]]
+    ratio = statistics.median(gone / bare for gone, bare in zip(out, start, strict=True))
+    table.add_row("an instance out of rotation", f"{statistics.median(out):.2f} s", "the engine's bare start",
+                  f"{statistics.median(start):.2f} s", f"{ratio:.2f}")
+    ratio = statistics.median(home / away for home, away in zip(back, there, strict=True))
+    table.add_row("rollback of two hosts", f"{statistics.median(back):.2f} s", "update-model of two hosts",
+                  f"{statistics.median(there):.2f} s", f"{ratio:.2f}")
+
+
 def main() -> None:
     table = Table("what", "opsctl", "against", "theirs", "ratio", title="medians; ratio below 1: opsctl is faster")
-    paired(table, "help", [str(BIN / "opsctl"), "--help"], "ansible-playbook --help",
+    paired(table, "help", [OPSCTL, "--help"], "ansible-playbook --help",
            [str(BIN / "ansible-playbook"), "--help"])
     if os.geteuid() == 0:
         with tempfile.TemporaryDirectory() as directory:
             try:
                 fleet_rows(table, Path(directory))
             finally:
-                seconds([str(BIN / "opsctl"), "lab", "down", "--name", "bench"])
+                seconds([OPSCTL, "lab", "down", "--name", "bench"])
     Console().print(table)
 
 
