@@ -131,7 +131,9 @@ def test_the_locks_of_releases_are_wanted_each_once(tmp_path: Path) -> None:
     pinned = Engine("vllm", "0.33.0", "3.13", text)
     for version, engine in (("v1", ENGINE), ("v2", pinned), ("v3", pinned)):
         lay_down(folder, {"model.gguf": b"x"}, keys.private, version, engine)
-    shutil.copytree(next(folder.glob("v1-*")), folder / ".incoming-1")
+    on_its_way = folder / ".incoming-1"
+    on_its_way.mkdir()
+    (on_its_way / "manifest.json").write_text("{")
     (next(folder.glob("v3-*")) / "manifest.json.sig").unlink()  # verify's affair
     found = release_locks(tmp_path / "bundle")
     assert [(lock.name, lock.python) for lock in found] == [(ENGINE.directory, "3.11"), (pinned.directory, "3.13")]
