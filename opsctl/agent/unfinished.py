@@ -6,6 +6,7 @@ belongs to nobody. Who works on an instance holds the lock beside its record, wh
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -19,6 +20,7 @@ from opsctl.agent.paths import Paths
 from opsctl.errors import OpsctlError
 
 SUFFIX = ".json"
+NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)  # ProtectSystem=strict shows the agent a /run that is read-only
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,9 @@ def boot(paths: Paths) -> str:
             os.fchmod(file.fileno(), READABLE)
             with suppress(FileExistsError):  # somebody was quicker
                 os.link(file.name, paths.boot_id)
-    except PermissionError:
+    except OSError as error:
+        if error.errno not in NOT_OURS:
+            raise
         return ""
     return paths.boot_id.read_text().strip()
 

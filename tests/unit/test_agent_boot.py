@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,14 +23,16 @@ def test_the_first_who_asks_names_the_boot(tmp_path: Path) -> None:
     assert unfinished.boot(paths) not in names
 
 
-def test_who_may_not_name_it_sees_no_record_of_this_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_who_may_not_name_it_sees_no_record_of_this_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+                                                         ) -> None:
     paths = Paths(tmp_path)
     unfinished.write(paths, unfinished.Record("chat.0", "v1-0123456789ab", "v2-0123456789ab"))
     assert not unfinished.of_earlier_boot(paths, "chat.0")
     paths.boot_id.unlink()
 
     def refused(_: Path) -> None:
-        raise PermissionError
+        raise OSError(number, "no")
 
     monkeypatch.setattr(unfinished, "make_directory", refused)
     assert unfinished.boot(paths) == ""
