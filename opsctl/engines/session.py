@@ -52,7 +52,7 @@ class Completed:
 
 
 class Session:
-    """One host, connected at its first command and reused until ``close``; for one thread at a time.
+    """One host, connected at its first command and reused until ``close``, which is for good; for one thread at a time.
 
     >>> with Session(fleet, fleet.host("gpu-1")) as session:
     ...     session.run(["systemctl", "is-active", "nginx"]).stdout
@@ -60,6 +60,7 @@ class Session:
 
     def __init__(self, fleet: Fleet, host: Host | str) -> None:
         self.host = fleet.host(host) if isinstance(host, str) else host
+        self._closed = False
         self._way: _Way = _Local() if self.host.connection == "local" else _Remote(fleet, self.host)
 
     def run(self, argv: Sequence[str], *, sudo: bool = True, timeout_s: float = 30.0, stdin: bytes = b"") -> Completed:
@@ -68,7 +69,7 @@ class Session:
         Raises:
             RefusedError: ``host.unreachable``, ``host.foreign_key``, ``host.not_trusted``, ``host.login_refused``,
                 ``host.no_sudo``: the command has not run.
-            OpsctlError: ``host.timed_out``, ``host.connection_lost``: it may have run.
+            OpsctlError: ``host.timed_out``, ``host.connection_lost``: it may have run. ``host.session_closed``: not.
         """
         return self.send(argv, [stdin] if stdin else [], sudo=sudo, timeout_s=timeout_s)
 
@@ -79,6 +80,9 @@ class Session:
         ``timeout_s`` is how long the host may take no byte, and how long it may go on after the last chunk: a long
         transfer that moves never runs into it.
         """
+        if self._closed:  # by somebody who wants an end: whoever tries again and again must not open it anew
+            raise OpsctlError("host.session_closed", f"{self.host.name}: the session was closed.",
+                              hint="run the same command again")
         become = sudo and self._way.user() != "root"
         completed = self._way.exchange(["sudo", "-n", "--", *argv] if become else list(argv), chunks, timeout_s,
                                        self.host)
@@ -89,6 +93,7 @@ class Session:
         return completed
 
     def close(self) -> None:
+        self._closed = True
         self._way.close()
 
     def __enter__(self) -> Session:

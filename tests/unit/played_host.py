@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +79,14 @@ def play(server: Server, folder: Path) -> Played:
     played = Played(server, folder)
     played.tell("state", {"instances": [], "releases": []})
     return played
+
+
+def when_asked(played: Played, verb: str) -> None:
+    """Returns when a host was asked for a verb."""
+    until = time.monotonic() + 30
+    while verb not in [asked[0] for asked in played.asked()]:
+        assert time.monotonic() < until, f"{verb} was never asked"
+        threading.Event().wait(0.02)
 
 
 def host_of(server: Server, client_key: Path, name: str, user: str = "ann", jump: str = "") -> Host:

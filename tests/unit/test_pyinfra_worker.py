@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from played_host import Played, fleet_of, host_of, play
+from played_host import Played, fleet_of, host_of, play, when_asked
 from session_server import make_key, serving
 
 from opsctl.engines import pyinfra
@@ -289,14 +289,6 @@ def test_a_connection_that_breaks_under_a_command_is_told(row: Row) -> None:
     cut.join()
     assert code_of(done["gpu-1", "cutover", "chat.0"]) == "host.connection_lost"
     assert done["gpu-2", "cutover", "chat.0"] == RUNNING
-
-
-def when_asked(played: Played, verb: str) -> None:
-    """Returns when a host was asked for a verb."""
-    until = time.monotonic() + 30
-    while verb not in [asked[0] for asked in played.asked()]:
-        assert time.monotonic() < until, f"{verb} was never asked"
-        threading.Event().wait(0.02)
 
 
 def break_when_asked(played: Played, verb: str) -> None:

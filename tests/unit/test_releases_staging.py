@@ -5,18 +5,22 @@ before anything is begun, how it ends.
 from __future__ import annotations
 
 import dataclasses
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from played_host import Played, failure, fleet_of, host_of, play
+from played_host import Played, failure, fleet_of, host_of, play, when_asked
 from release_kit import Keys, lay_down, make_keys
 from session_server import make_key, serving
 
 from opsctl.cli.stage import document_of, serving_hosts, summary
 from opsctl.engines.events import Event, PhaseStarted, Progress, TaskResult, discard
+from opsctl.engines.pyinfra_job import Job, write_job
 from opsctl.engines.session import Session
 from opsctl.errors import ExitCode, OpsctlError, RefusedError, UsageError
 from opsctl.fleet.model import Fleet, Service
@@ -216,6 +220,36 @@ def test_hosts_that_fail_for_different_reasons_are_no_refusal(row: Row) -> None:
         row.stage()
     assert type(caught.value) is OpsctlError
     assert "(3 hosts failed); what serves" in caught.value.message
+
+
+STAGE = """
+import dataclasses, sys
+from opsctl.engines.events import discard
+from opsctl.engines.pyinfra_job import read_job
+from opsctl.fleet.model import Service
+from opsctl.releases.staging import stage_release
+job = read_job(sys.stdin.readline())
+chat = Service("chat", "gpu", 8100, 8000)
+fleet = dataclasses.replace(job.fleet, services=(chat,))
+stage_release(fleet, fleet.group("gpu"), chat, "v2-bbbbbbbbbbbb", discard)
+"""
+
+
+def test_ctrl_c_does_not_wait_for_the_hosts(row: Row) -> None:
+    for name in NAMES:
+        row.played[name].tell("stage-status", {"state": "running", "phase": "fetch", "done": 1, "total": 9},
+                              seconds=1)
+    process = subprocess.Popen([sys.executable, "-c", STAGE], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdin
+    process.stdin.write(write_job(Job(row.fleet, ())))
+    process.stdin.close()
+    for name in ("gpu-1", "gpu-2", "gpu-3"):
+        when_asked(row.played[name], "stage-status")
+    process.send_signal(signal.SIGINT)
+    process.wait(30)
+    assert process.stderr
+    with process.stderr as said:
+        assert "KeyboardInterrupt" in said.read()
 
 
 @pytest.fixture(scope="module")

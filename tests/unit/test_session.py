@@ -276,6 +276,15 @@ def test_dead_host_behind_a_jump_is_unreachable(tmp_path: Path, behind_jumps: tu
     assert "jump" in error.message
 
 
+def test_a_session_that_was_closed_stays_closed(session: Session) -> None:
+    """Somebody waits for an end: a thread that asks again and again must not make the connection anew."""
+    session.run(["true"], sudo=False)
+    session.close()
+    with pytest.raises(OpsctlError) as caught:
+        session.run(["true"], sudo=False)
+    assert caught.value.code == "host.session_closed"
+
+
 def test_each_host_answers_or_says_why_not(tmp_path: Path, server: Server, client_key: Path) -> None:
     good, gone = remote(server, client_key), dataclasses.replace(remote(server, client_key, "gpu-2"), port=1)
     fleet = make_fleet(tmp_path, good, gone, local(), pins=server.pin)
