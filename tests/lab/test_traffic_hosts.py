@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shlex
 import threading
 import time
 from collections.abc import Iterator
@@ -176,37 +177,62 @@ def test_the_load_balancers_own_drain(drained: Any, fleet: Fleet) -> None:
     balancer(drained, "--wanted", FIRST)
 
 
+@contextmanager
+def silent_agent(lab: Any) -> Iterator[None]:
+    """gpu-1's agent hangs: a new process of the load balancer's hears nothing of drains for as long."""
+    def signal(name: str) -> None:
+        done = lab.run("gpu-1", ["sudo", "systemctl", "kill", f"--signal={name}", "opsctl-agent"])
+        assert done.returncode == 0, done.stderr
+
+    signal("STOP")
+    try:
+        yield
+    finally:
+        signal("CONT")
+
+
+ASK_PID = ("import socket; c = socket.socket(socket.AF_UNIX); c.connect('/run/haproxy/admin.sock'); "
+           "c.sendall(b'show info\\n'); print(*(line for line in c.makefile() if line.startswith('Pid:')))")
+
+
+def new_process(lab: Any, reload: str) -> None:
+    """Reloads HAProxy by a line of shell and waits until the new process answers."""
+    pid = shlex.join(["python3", "-c", ASK_PID])
+    script = f'before=$({pid}); {reload}; until now=$({pid}) && test "$now" != "$before"; do sleep 0.1; done'
+    done = lab.run("ops-1", ["sudo", "timeout", "30", "bash", "-c", script])
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_drain_outlives_reloads_of_the_load_balancer(drained: Any, fleet: Fleet) -> None:
     assert drained.run("ops-1", ["sudo", "test", "-S", "/run/haproxy-master.sock"]).returncode == 0
     with streaming(fleet, FEW_TOKENS) as streams:
         verb(drained, "gpu-1", "drain", "chat.0", "--owner", RUN)
         balancer(drained, "--drained", FIRST)
         before = len(streams.answered)
-        for _ in range(2):
-            reloaded = drained.run("ops-1", ["sudo", "systemctl", "reload", "haproxy"])
-            assert reloaded.returncode == 0, reloaded.stderr
-            assert balancer(drained, "--drained", FIRST)[FIRST]["weight"] == 0
+        new_process(drained, "systemctl reload haproxy")
+        streams.since(len(streams.answered), 100)
+        with silent_agent(drained):
+            new_process(drained, "systemctl reload haproxy")
             streams.since(len(streams.answered), 100)
+            assert balancer(drained, "--drained", FIRST)[FIRST]["weight"] == 0
         answered = streams.since(before, 200)
     assert set(answered) == {SECOND}, f"{answered.count(FIRST)} of {len(answered)} went to the drained instance"
     assert all(streams.ended), f"{streams.ended.count(False)} of {len(streams.ended)} streams were lost"
 
 
 def test_without_the_servers_states_a_reload_sends_requests_to_what_is_drained(drained: Any, fleet: Fleet) -> None:
-    """So the test above can fail: what keeps the drain is the file."""
-    forget = ("echo 1 >/var/lib/haproxy/server-state && "
-              "systemctl kill --kill-whom=main --signal=USR2 haproxy")  # a reload, but for what saves the states
+    """So the test above can fail: what keeps the drain is the file. Until the agent is heard again, here a moment."""
     with streaming(fleet, FEW_TOKENS) as streams:
         verb(drained, "gpu-1", "drain", "chat.0", "--owner", RUN)
         balancer(drained, "--drained", FIRST)
         before = len(streams.answered)
-        for _ in range(5):  # it lasts until the agent is asked, which may be at once
-            assert drained.run("ops-1", ["sudo", "sh", "-c", forget]).returncode == 0
+        with silent_agent(drained):
+            # All that a reload does but for what saves the states.
+            new_process(drained, "echo 1 >/var/lib/haproxy/server-state; "
+                                 "systemctl kill --kill-whom=main --signal=USR2 haproxy")
             streams.since(len(streams.answered), 100)
-            balancer(drained, "--drained", FIRST)
-            if FIRST in streams.answered[before:]:
-                break
         assert FIRST in streams.answered[before:]
+        balancer(drained, "--drained", FIRST)
 
 
 @pytest.fixture
