@@ -134,10 +134,10 @@ def test_a_stream(exchange: Exchange, verdict: str, detail: str) -> None:
 
 
 @pytest.mark.parametrize(("exchange", "rate"), [
-    (batches(TOKEN, TOKEN, TOKEN, USAGE, DONE), 2 / 2),  # from the first to the last, without the first
-    (batches(TOKEN + TOKEN, TOKEN, USAGE, DONE), 1 / 1),  # the reader was late: both came before it looked
-    (batches(b"", b"", TOKEN, TOKEN, LAST, DONE), 2 / 2),  # what the prompt took does not count
-    (batches(b"", TOKEN + TOKEN + TOKEN + USAGE + DONE), 3 / 2),  # all at once: of the whole time
+    (batches(TOKEN, TOKEN, TOKEN, USAGE, DONE), 3 / 3),  # a count of tokens alone is no part of the answer
+    (batches(b"", b"", TOKEN, TOKEN, LAST, DONE), 3 / 5),  # what the prompt took counts too
+    (batches(b"", TOKEN + TOKEN + TOKEN + USAGE + DONE), 3 / 2),  # the reader was late: no burst is a speed
+    (Exchange(200, ((2.0, TOKEN + TOKEN), (2.0005, TOKEN + USAGE + DONE))), 3 / 2.0005),
     (batches(TOKEN, TOKEN), None), (batches(USAGE, DONE), None), (Exchange(200), None),
 ])
 def test_tokens_per_second(exchange: Exchange, rate: float | None) -> None:
