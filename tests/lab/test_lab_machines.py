@@ -76,6 +76,7 @@ def test_a_lab_killed_while_it_is_made_goes_without_a_trace(computer: None, tmp_
     succeeds("lab", "down", "--name", name)
     left = leftovers(name) - before
     assert not left, "\n".join(sorted(left))
+    assert not (tmp_path / "fleet").exists()
 
 
 def test_a_power_cut_loses_what_was_not_synced_and_nothing_else(own_lab) -> None:
