@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -94,6 +96,26 @@ def test_told_to_stop_it_ends_its_streams_and_prints(inventory: Path, engine: En
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
     assert out.splitlines()[-1].endswith("0 of 3 lost")
+
+
+def test_on_a_terminal_there_is_a_graph_and_the_commands_lines_stand_above_it(inventory: Path) -> None:
+    ours, its = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "opsctl", "lab", "load", "-i", inventory, "--clients", "3", "--tokens", "20",
+         "--seconds-per-stream", "1", "--", "echo", "moved [gpu-1]"], stdin=subprocess.DEVNULL, stdout=its, stderr=its,
+        env=PLAIN | {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"})
+    os.close(its)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+        while part := os.read(ours, 65536):
+            shown += part
+    os.close(ours)
+    assert process.wait(30) == 0
+    lines = shown.decode().replace("\r", "").splitlines()
+    above, graph, table = (next(number for number, line in reversed(list(enumerate(lines))) if words in line)
+                           for words in ("moved [gpu-1]", "streams in flight", "tokens a stream: 0 of"))
+    assert above < graph < table
+    assert "gpu-1.chat.0" in "".join(lines[graph:])
 
 
 def test_tokens_that_are_none(inventory: Path) -> None:
