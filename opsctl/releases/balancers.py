@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from opsctl.agent.balancer import may_get_more
 from opsctl.engines.session import Session
 from opsctl.errors import ConfigurationError, OpsctlError, PausedError
 from opsctl.fleet.model import Fleet
@@ -29,22 +31,29 @@ class Balancers(Protocol):
     def lacking(self, server: str, wait_s: float) -> tuple[str, ...]:
         """Those that send it no requests; waits a little for none."""
 
-    def drain(self, server: str) -> None:
-        """Takes it out by the load balancers themselves, past the agent."""
+    def rotating(self, servers: Collection[str]) -> frozenset[str]:
+        """Those that every load balancer sends requests to now."""
 
-    def undrain(self, server: str) -> None: ...
+    def claimed(self, server: str) -> tuple[str, ...]:
+        """Load balancers in which a person took it out by hand; nobody else puts it back."""
+
+    def drain(self, server: str) -> None:
+        """Takes it out by the load balancers themselves, past the agent. What is out already is left as it is."""
+
+    def undrain(self, server: str) -> None:
+        """Ends what ``drain`` did here, and nothing else."""
 
     def close(self) -> None: ...
 
 
-def balancers(fleet: Fleet) -> Balancers:
-    """By the inventory's ``load_balancer``; for one thread at a time.
+def balancers(fleet: Fleet, without: Collection[str] = ()) -> Balancers:
+    """By the inventory's ``load_balancer``; for one thread at a time. ``without``: hosts that are off, and left out.
 
     Raises:
         ConfigurationError: a hook is wanted and not there.
     """
     if fleet.load_balancer == "haproxy":
-        return Haproxy([Session(fleet, host) for host in fleet.group("lb")])
+        return Haproxy([Session(fleet, host) for host in fleet.group("lb") if host.name not in without])
     return Hook(_hook(fleet)) if fleet.load_balancer == "hook" else Nobody()
 
 
@@ -53,6 +62,7 @@ class Haproxy:
 
     def __init__(self, sessions: Sequence[Session]) -> None:
         self._sessions = sessions
+        self._mine: set[tuple[str, str]] = set()
 
     def open_sessions(self, server: str, wait_s: float) -> tuple[int, tuple[str, ...]]:
         count, sending = 0, []
@@ -60,7 +70,7 @@ class Haproxy:
             seen = self._ask(session, ["balancer", "--drained", server, "--wait-s", f"{wait_s:g}"])
             rows = [row for row in seen["servers"] if row["server"] == server]
             count += sum(row["sessions"] for row in rows)
-            if any(row["weight"] > 0 and not row["status"].startswith(("DRAIN", "MAINT", "DOWN")) for row in rows):
+            if any(may_get_more(row) for row in rows):
                 sending.append(session.host.name)
         return count, tuple(sending)
 
@@ -68,13 +78,32 @@ class Haproxy:
         return tuple(session.host.name for session in self._sessions
                      if self._ask(session, ["balancer", "--wanted", server, "--wait-s", f"{wait_s:g}"])["missing"])
 
+    def rotating(self, servers: Collection[str]) -> frozenset[str]:
+        found = frozenset(servers)
+        words = [word for server in servers for word in ("--wanted", server)]
+        for session in self._sessions:
+            found -= frozenset(self._ask(session, ["balancer", *words])["missing"])
+        return found
+
+    def claimed(self, server: str) -> tuple[str, ...]:
+        return tuple(session.host.name for session in self._sessions
+                     if (session.host.name, server) not in self._mine and self._is_out(session, server))
+
     def drain(self, server: str) -> None:
         for session in self._sessions:
-            self._ask(session, ["balancer-drain", server])
+            if not self._is_out(session, server):
+                self._mine.add((session.host.name, server))
+                self._ask(session, ["balancer-drain", server])
 
     def undrain(self, server: str) -> None:
         for session in self._sessions:
-            self._ask(session, ["balancer-ready", server])
+            if (session.host.name, server) in self._mine:
+                self._ask(session, ["balancer-ready", server])
+                self._mine.discard((session.host.name, server))
+
+    def _is_out(self, session: Session, server: str) -> bool:
+        return any(row["server"] == server and row["status"].startswith(("DRAIN", "MAINT"))
+                   for row in self._ask(session, ["balancer"])["servers"])
 
     def close(self) -> None:
         for session in self._sessions:
@@ -101,7 +130,15 @@ class Hook:
         if not said.strip().isdigit():
             raise PausedError("balancer.hook", f"{self._program} sessions {server} printed {said.strip()[:80]!r}, not "
                               "a number.", hint="it prints how many requests the load balancer has there now")
+        if int(said):
+            time.sleep(wait_s)
         return int(said), ()
+
+    def rotating(self, servers: Collection[str]) -> frozenset[str]:
+        return frozenset(servers)
+
+    def claimed(self, server: str) -> tuple[str, ...]:
+        return ()
 
     def lacking(self, server: str, wait_s: float) -> tuple[str, ...]:
         return ()
@@ -134,6 +171,12 @@ class Nobody:
 
     def open_sessions(self, server: str, wait_s: float) -> tuple[int, tuple[str, ...]]:
         return 0, ()
+
+    def rotating(self, servers: Collection[str]) -> frozenset[str]:
+        return frozenset(servers)
+
+    def claimed(self, server: str) -> tuple[str, ...]:
+        return ()
 
     def lacking(self, server: str, wait_s: float) -> tuple[str, ...]:
         return ()

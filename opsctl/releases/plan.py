@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from opsctl.agent import ledger
+from opsctl.agent.ledger import SERVE, Line
 from opsctl.agent.manifest import directory_name
 from opsctl.errors import OpsctlError, RefusedError, UsageError
 from opsctl.fleet.model import Placement, Service
@@ -119,13 +121,13 @@ def serves(instance: Mapping[str, Any]) -> bool:
 def make_plan(
     service: Service, target: Target, placements: Sequence[Placement], states: Mapping[str, Any], *,
     stage_plans: Mapping[str, Mapping[str, Any]], waves: str = WAVES, tip: Target | None = None,
-    chosen: frozenset[str] | None = None,
+    chosen: frozenset[str] | None = None, rotating: frozenset[str] | None = None,
 ) -> Plan:
     """The plan for bringing ``service`` to ``target``.
 
     ``states`` are documents of ``opsctl-host state`` by host, or the error of a host that did not give one;
     ``stage_plans`` documents of ``opsctl-host stage-plan``. ``tip`` is what the ledger says now. ``chosen``: only
-    these hosts are changed; all of them count.
+    these hosts are changed; all of them count. ``rotating``: servers that load balancers send requests to, None: all.
 
     Raises:
         UsageError: the waves cannot be read.
@@ -140,13 +142,15 @@ def make_plan(
                 silent.append(placement.host)
             continue
         instance = next((one for one in state["instances"] if one["instance"] == placement.instance), None)
-        serving += instance is not None and serves(instance)
+        gets = rotating is None or f"{placement.host}.{placement.instance}" in rotating
+        serving += instance is not None and gets and serves(instance)
         if chosen is not None and placement.host not in chosen:
             continue
         if instance is not None:
-            steps.append(_step(placement, instance, state, target, tip))
+            step = _step(placement, instance, state, target, tip)
+            steps.append(step if gets else replace(step, serving=False))
     moving = in_order([step for step in steps if step.action == "move"])
-    numbered = {step.name: number for number, wave in enumerate(split(moving, waves), 1) for step in wave}
+    numbered = {step.name: number for number, wave in enumerate(in_waves(moving, waves), 1) for step in wave}
     planned = tuple(replace(step, wave=numbered.get(step.name, 0)) for step in steps)
     outage = any(step.serving for step in moving) and serving - service.min_serving < 1
     return Plan(service, target, planned, _hosts(moving, states, stage_plans, target), serving, tuple(silent),
@@ -161,6 +165,17 @@ def in_order(steps: Sequence[Step]) -> list[Step]:
         rank[step.name] = seen.get(step.host, 0)
         seen[step.host] = rank[step.name] + 1
     return sorted(steps, key=lambda step: (step.serving, rank[step.name]))
+
+
+def in_waves(steps: Sequence[Step], waves: str) -> list[list[Step]]:
+    """First those that serve nobody, all at once: they cost nothing, and are no canary. Then the others, ``split``.
+
+    Raises:
+        UsageError: ``waves`` cannot be read.
+    """
+    idle = [step for step in steps if not step.serving]
+    others = split([step for step in steps if step.serving], waves)
+    return [idle, *others] if idle else others
 
 
 def split(steps: Sequence[Step], waves: str) -> list[list[Step]]:
@@ -210,27 +225,27 @@ def check(plan: Plan, *, allow_outage: bool) -> None:
                  "services.yml or another host makes it lossless")
 
 
-def unfinished(states: Mapping[str, Any], service: str, lines: Sequence[Any]) -> dict[str, str]:
-    """Releases that a rollout brought to some instance and the ledger does not name: digest -> version.
+def unfinished(states: Mapping[str, Any], service: str, lines: Sequence[Line]) -> dict[str, str]:
+    """Releases that a rollout brought to some instance and that nobody wanted to stay: digest -> version.
 
-    An instance whose gate passed after the ledger's last word, on another release than that, was moved by a rollout
-    that did not end. One that is merely behind passed its gate before.
+    The ledger never named them; or it marked them as bad, and the instance's gate passed after its last word: somebody
+    tried again and did not come to the end. What the ledger names otherwise is behind, or on its way back.
     """
-    served = [line for line in lines if getattr(line, "action", "serve") == "serve"]
-    if not served:
+    now = ledger.tip(lines)
+    if now is None:
         return {}
-    tip = served[-1]
-    known = {line.digest for line in served}
+    known = {line.digest for line in lines if line.action == SERVE}
+    bad = ledger.bad_digests(lines)
     found: dict[str, str] = {}
     for state in states.values():
         if isinstance(state, OpsctlError):
             continue
         for instance in state["instances"]:
             digest = instance["digest"]
-            if instance["service"] != service or not digest or digest == tip.digest:
+            if instance["service"] != service or not digest or digest == now.digest:
                 continue
             passed = str((instance.get("gate") or {}).get("at", ""))
-            if digest not in known or passed > tip.at:
+            if digest not in known or (digest in bad and passed > now.at):
                 found[digest] = instance["release"]
     return found
 
@@ -245,7 +260,7 @@ def _step(placement: Placement, instance: Mapping[str, Any], state: Mapping[str,
     drained = tuple(drain["owner"] for drain in state.get("drains", ())
                     if drain["instance"] == placement.instance and drain["weight"] == 0)
     back = now
-    if on_target:
+    if now == target.release:
         # moved by a rollout that did not end; of an instance that is simply up to date there is no way back
         back = tip.release if tip is not None and tip.digest != target.digest and _complete(state, tip) else ""
     return Step(

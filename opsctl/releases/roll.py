@@ -35,7 +35,7 @@ from opsctl.releases.balancers import Balancers, balancers
 from opsctl.releases.plan import Step, serves
 from opsctl.releases.remote import ask
 from opsctl.releases.rollout import Begin, End, Rollout, State
-from opsctl.releases.watch import watch
+from opsctl.releases.watch import OUT_OF_REACH, watch
 
 LEASE_S = 90.0  # of a drain; longer than a connection needs to notice that it is dead and to be made anew
 RENEW_S = 20.0
@@ -53,6 +53,11 @@ class Settings:
     drain_timeout_s: float
     min_speed_percent: int
     via_lb: bool = False
+    without: frozenset[str] = frozenset()  # load balancers that are off, and were said to be
+
+
+class AdriftError(PausedError):
+    """A cutover was ordered and it is not known how it ended, or it ended well and nobody sends requests."""
 
 
 @dataclass
@@ -116,7 +121,10 @@ class _Conductor:
             raise
 
     def _serving(self) -> frozenset[str]:
-        """Names of the instances that get requests now; a host that does not answer serves nobody as far as we know."""
+        """Names of the instances that get requests now: well by their own word, and sent to by every load balancer.
+
+        What does not answer serves nobody, as far as we know.
+        """
         hosts = [host for host in self._fleet.hosts if self._service.group in host.groups]
         states = on_each(self._fleet, hosts,
                          lambda session: ask(session, ["state", "--json"], host=session.host.name))
@@ -128,7 +136,14 @@ class _Conductor:
             for instance in state["instances"]:
                 if instance["instance"] == placement.instance and serves(instance):
                     found.add(f"{placement.host}.{placement.instance}")
-        return frozenset(found)
+        lb = balancers(self._fleet, self._settings.without)
+        try:
+            return lb.rotating(found)
+        except PausedError as error:
+            self._emit(Note(error.message, "warning"))
+            return frozenset()
+        finally:
+            lb.close()
 
     def _announce(self, decision: Begin, rollout: Rollout) -> None:
         if decision.back:
@@ -142,8 +157,10 @@ class _Conductor:
             steps = [move.step for move in rollout.moves if move.step.wave == wave]
             last = max(move.step.wave for move in rollout.moves)
             who = f"{len(steps)} instances" if len(steps) > 1 else steps[0].name
-            canary = " (canary)" if wave == 1 and last > 1 else ""
-            self._emit(PhaseStarted(f"Wave {wave} of {last}: {who}{canary}",
+            first = min((move.step.wave for move in rollout.moves if move.step.serving and move.step.wave), default=0)
+            what = "" if steps[0].serving else ", serving nobody now"
+            canary = " (canary)" if wave == first and last > wave else ""
+            self._emit(PhaseStarted(f"Wave {wave} of {last}: {who}{canary}{what}",
                                     tuple(dict.fromkeys(step.host for step in steps))))
 
     def _begin(self, step: Step, *, back: bool) -> None:
@@ -172,7 +189,7 @@ class _Conductor:
                 step, back, error = self._ended.get(timeout=0.5)
             except queue.Empty:
                 continue
-            state = ended(error, back=back)
+            state = ended(error, back=back, served=step.serving)
             if error is not None:
                 where = f"back to {_version(step.back)}" if back else f"to {_version(step.next)}"
                 self._emit(TaskResult(step.host, f"{step.instance}: {where}", "failed", error.message, error.log_tail))
@@ -186,11 +203,11 @@ class _Conductor:
             thread.join(max(0.0, until - time.monotonic()))
 
 
-def ended(error: OpsctlError | None, *, back: bool) -> State:
-    """The state of an instance whose move ended. Pure.
+def ended(error: OpsctlError | None, *, back: bool, served: bool = True) -> State:
+    """The state of an instance whose move ended; ``served``: it got requests before. Pure.
 
-    A cutover that undid itself is ``failed``, one that could not ``broken``. Anything else was noticed before the host
-    was touched, or cannot be known from here: that pauses.
+    A cutover that undid itself is ``failed``, or ``left`` where nobody was served before; one that could not is
+    ``broken``. Anything else was noticed before the host was touched, which pauses, or cannot be known from here.
     """
     if error is None:
         return State.REVERTED if back else State.MOVED
@@ -198,7 +215,11 @@ def ended(error: OpsctlError | None, *, back: bool) -> State:
         return State.STUCK
     if isinstance(error, MixedError):
         return State.BROKEN
-    return State.FAILED if isinstance(error, RolledBackError) else State.PAUSED
+    if isinstance(error, AdriftError):
+        return State.ADRIFT
+    if isinstance(error, RolledBackError):
+        return State.FAILED if served else State.LEFT
+    return State.PAUSED
 
 
 class _Mover:
@@ -216,7 +237,8 @@ class _Mover:
         self._owner = f"run:{settings.run}"
         self._host: Host = fleet.host(step.host)
         self._session = Session(fleet, self._host)
-        self._balancers: Balancers = balancers(fleet)
+        self._balancers: Balancers = balancers(fleet, settings.without)
+        self._in_balancers = settings.via_lb or fleet.load_balancer == "hook"
         self._worker = Worker()
         self._out_since: float | None = None
 
@@ -241,22 +263,33 @@ class _Mover:
         self._emit(TaskStarted(f"{step.instance}: {'back ' if back else ''}to {_version(release)}", step.host))
         self._worker.prepare()  # its imports are done by the time that the instance is drained
         instance = self._state()
+        claimed = self._balancers.claimed(step.name)
         if instance["unit"] == "active":  # an engine that hangs is drained too: requests may be waiting in it
             self._heard(instance)
             self._drain()
+        if self._stop.is_set():
+            self._undrain()
+            raise PausedError("interrupted", f"{step.name} was drained; it is back in service.",
+                              hint="the same command again continues")
         try:
             self._cut_over(release, origin, back=back)
         except (RefusedError, LockedError, ConfigurationError) as error:
             self._undrain()
             raise PausedError(error.code, error.message, hint=error.hint, log_tail=error.log_tail) from error
-        except (RolledBackError, PausedError):
-            with contextlib.suppress(OpsctlError):  # the one being raised is the one to hear
-                self._in_rotation(expected=False)  # the old release serves again; the budget counts it when it does
+        except (RolledBackError, PausedError) as error:
+            if not isinstance(error, AdriftError):  # the old release serves again; the budget counts it when it does
+                self._undrain()
+                with contextlib.suppress(OpsctlError):  # the one being raised is the one to hear
+                    self._in_rotation(claimed, expected=False)
             raise
-        finally:
-            if self._settings.via_lb:
-                self._balancers.undrain(step.name)
-        self._in_rotation(expected=True)
+        self._undrain()  # the cutover has done it; one that was begun by another run knows only that one's drain
+        try:
+            self._in_rotation(claimed, expected=True)
+        except AdriftError:
+            raise
+        except OpsctlError as error:
+            raise AdriftError(error.code, f"{step.name} is on {_version(release)}, and then: {error.message}",
+                              hint=error.hint, log_tail=error.log_tail) from error
         out = self._timing.out_of_rotation_s
         took = f"out of rotation for {out:.1f} s" if out is not None else ""
         self._emit(TaskResult(step.host, f"{step.instance}: {_version(origin) or 'nothing'} -> {_version(release)}",
@@ -289,7 +322,7 @@ class _Mover:
         self._out_since = began
         renewed = began
         try:
-            if self._settings.via_lb or self._fleet.load_balancer == "hook":
+            if self._in_balancers:
                 self._balancers.drain(step.name)
             while True:
                 sessions, sending = self._balancers.open_sessions(step.name, LOOK_S)
@@ -297,6 +330,7 @@ class _Mover:
                 now = self._clock()
                 if not sessions and not sending and engine["idle"]:
                     self._timing.drain_s = round(now - began, 1)
+                    self._renew()  # the cutover's own record holds it from its first act on
                     return
                 self._emit(Progress(f"{step.instance}: draining, requests in flight",
                                     max(sessions, (engine["running"] or 0) + (engine["waiting"] or 0)), 0, "items",
@@ -335,14 +369,20 @@ class _Mover:
                    f"change to {_version(self._step.next)}"])
 
     def _undrain(self) -> None:
-        """Best effort on the way out: the lease ends by itself, and the first error is the one to hear."""
+        """Ends this run's drain and no other. Best effort: the lease ends by itself, and the first error counts."""
+        weight = 0
         try:
-            self._ask(["undrain", self._step.instance, "--owner", self._owner])
-            if self._settings.via_lb or self._fleet.load_balancer == "hook":
-                self._balancers.undrain(self._step.name)
+            weight = int(self._ask(["undrain", self._step.instance, "--owner", self._owner])["weight"])
         except OpsctlError as error:
             self._emit(Note(f"{self._step.instance} could not be undrained ({error.message}); its drain ends by itself "
                             f"within {LEASE_S:.0f} s", "warning", self._step.host))
+        if not self._in_balancers or (self._fleet.load_balancer == "hook" and weight == 0):
+            return  # a hook cannot tell our drain from another one's: as long as one counts it stays out
+        try:
+            self._balancers.undrain(self._step.name)
+        except OpsctlError as error:
+            self._emit(Note(f"{self._step.name} is still drained in the load balancer: {error.message}", "warning",
+                            self._step.host))
 
     def _cut_over(self, release: str, origin: str, *, back: bool) -> None:
         step = self._step
@@ -350,22 +390,34 @@ class _Mover:
             "instance": step.instance, "release": release, "from_release": origin or "none", "owner": self._owner,
             "min_speed_percent": 0 if back else self._settings.min_speed_percent})
         first = next(iter(carry_out(self._fleet, [order], self._emit, worker=self._worker).values()))
-        if isinstance(first, OpsctlError):
-            raise first
-        self._timing.result = watch(self._session, ["cutover-status", step.instance, "--release", release],
-                                    f"{step.instance}: {_version(release)}", self._emit, first=first)
+        try:
+            if isinstance(first, OpsctlError):
+                raise first
+            self._timing.result = watch(self._session, ["cutover-status", step.instance, "--release", release],
+                                        f"{step.instance}: {_version(release)}", self._emit, first=first)
+        except OpsctlError as error:
+            if isinstance(error, RolledBackError | MixedError | PausedError | ConfigurationError | LockedError) or (
+                    isinstance(error, RefusedError) and error.code not in OUT_OF_REACH):
+                raise
+            raise AdriftError(error.code, f"{error.message.rstrip('.')}; the cutover of {step.name} finishes or undoes "
+                              "itself there.", hint="opsctl status when the host is heard again",
+                              log_tail=error.log_tail) from error
 
-    def _in_rotation(self, *, expected: bool) -> None:
+    def _in_rotation(self, claimed: Sequence[str], *, expected: bool) -> None:
         """Waits until every load balancer sends requests; one that somebody else keeps drained is not waited for."""
         instance = self._state()
         if int(instance.get("weight", 100)) == 0:
             self._emit(Note(f"{self._step.instance} stays drained: {self._drained_by()}", "info", self._step.host))
             return
+        if claimed:
+            self._emit(Note(f"{self._step.instance} stays out: somebody took it out by hand in the load balancer on "
+                            f"{', '.join(claimed)}", "info", self._step.host))
+            return
         lacking = self._balancers.lacking(self._step.name, ROTATION_S)
         if not lacking and self._out_since is not None:
             self._timing.out_of_rotation_s = round(self._clock() - self._out_since, 1)
         if lacking and expected:
-            raise PausedError("rotation.missing", f"{self._step.name} serves, but {', '.join(lacking)} sends it no "
+            raise AdriftError("rotation.missing", f"{self._step.name} serves, but {', '.join(lacking)} sends it no "
                               f"requests after {ROTATION_S:.0f} s.",
                               hint="the statistics page of the load balancer (port 8404) says why")
 

@@ -19,7 +19,12 @@ OnFailure = Literal["revert", "stop"]
 
 
 class State(StrEnum):
-    """Where one instance is. ``failed``: its change was undone on the host; ``broken``: it could not be undone."""
+    """Where one instance is.
+
+    ``failed``: its change was undone on the host. ``broken``: it could not be undone. ``left``: it served nobody before
+    and does not start now, which says little of the release. ``adrift``: ordered, and not known what became of it, or
+    moved and no load balancer sends to it. ``stuck``: it could not be brought back.
+    """
 
     WAITING = "waiting"
     MOVING = "moving"
@@ -29,11 +34,13 @@ class State(StrEnum):
     PAUSED = "paused"
     REVERTING = "reverting"
     REVERTED = "reverted"
-    STUCK = "stuck"  # could not be brought back
+    STUCK = "stuck"
+    LEFT = "left"
+    ADRIFT = "adrift"
 
 
 WORKING = frozenset({State.MOVING, State.REVERTING})
-STOPPING = frozenset({State.FAILED, State.BROKEN, State.PAUSED})
+STOPPING = frozenset({State.FAILED, State.BROKEN, State.PAUSED, State.ADRIFT})
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,8 @@ def decide(rollout: Rollout, serving: Set[str]) -> Decision:
         return _stop(rollout, serving, working)
     waiting = [move for move in moves if move.state is State.WAITING]
     if not waiting:
-        return Wait() if working else End(ExitCode.DONE)
+        nobody = moves and all(move.state is State.LEFT for move in moves)
+        return Wait() if working else End(ExitCode.ROLLED_BACK if nobody else ExitCode.DONE)
     wave = min(move.step.wave for move in waiting)
     if any(move.state is State.MOVING and move.step.wave < wave for move in moves):
         return Wait()  # a wave begins when the one before has passed its gates
@@ -124,15 +132,22 @@ def _stop(rollout: Rollout, serving: Set[str], working: Set[str]) -> Decision:
         return End(ExitCode.PAUSED)
     ahead = [move.step for move in moves if move.state is State.MOVED]
     returnable = [step for step in reversed(ahead) if step.back] if rollout.on_failure == "revert" else []
-    steps = _affordable(rollout, returnable, serving, working)
+    room = width(rollout) - len(working)  # not all at once, however large the budget: who stays takes all the load
+    steps = _affordable(rollout, returnable, serving, working)[:max(0, room)]
     if steps:
         return Begin(steps, back=True)
     if working:
         return Wait()
     if returnable:
         return End(ExitCode.MIXED, f"{_counts(rollout, serving)}: {returnable[0].name} cannot be spared to go back")
-    mixed = ahead or any(move.state in (State.BROKEN, State.STUCK) for move in moves)
+    mixed = ahead or any(move.state in (State.BROKEN, State.STUCK, State.ADRIFT) for move in moves)
     return End(ExitCode.MIXED if mixed else ExitCode.ROLLED_BACK)
+
+
+def width(rollout: Rollout) -> int:
+    """The most that one of the waves begun so far held: as many may go back at once."""
+    waves = [move.step.wave for move in rollout.moves if move.state is not State.WAITING and move.step.serving]
+    return max((waves.count(wave) for wave in waves), default=1)
 
 
 def _counts(rollout: Rollout, serving: Set[str]) -> str:

@@ -14,17 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opsctl.agent.ledger import Line, tip
+from opsctl.agent.ledger import Line, bad_digests, tip
 from opsctl.engines.events import Emit, Note, PhaseStarted
 from opsctl.engines.journal import Run
 from opsctl.engines.pyinfra import gather
-from opsctl.engines.session import Session
+from opsctl.engines.session import Session, on_each
 from opsctl.errors import ExitCode, MixedError, OpsctlError, PausedError, RefusedError, RolledBackError, UsageError
 from opsctl.fleet.model import Fleet, Host, Service
 from opsctl.fleet.placements import clashes, place
 from opsctl.fleet.ssh_config import write_ssh_config
 from opsctl.releases import plan as plans
 from opsctl.releases import rollout as rollouts
+from opsctl.releases.balancers import balancers
 from opsctl.releases.books import Books, read_books, write_lines
 from opsctl.releases.plan import Plan, Target
 from opsctl.releases.remote import unreachable
@@ -32,6 +33,9 @@ from opsctl.releases.roll import Rolled, Settings, roll
 from opsctl.releases.rollout import OnFailure, State
 from opsctl.releases.staging import find_release, stage_release
 from opsctl.releases.targets import check_not_bad, rollback_target
+from opsctl.releases.watch import OUT_OF_REACH
+
+REACH_TIMEOUT_S = 20.0
 
 Approve = Callable[[Plan], None]
 States = Mapping[str, Any]
@@ -69,6 +73,16 @@ class Looked:
     plan: Plan
     books: Books
     leaves: Mapping[str, str] = field(default_factory=dict)
+    without: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Hosts' states (or errors), who gets requests by all load balancers, and load balancers that are left out."""
+
+    states: States
+    rotating: frozenset[str]
+    without: frozenset[str]
 
 
 def look_forward(request: Request, emit: Emit) -> Looked:
@@ -78,12 +92,12 @@ def look_forward(request: Request, emit: Emit) -> Looked:
         UsageError: there is no such version.
         RefusedError: it is marked as bad, hosts are silent, or a release is not to be trusted.
     """
-    states = _look(request, emit)
+    looked = _look(request, emit)
     books = read_books(request.fleet, request.service, emit)
-    target, on_gateway = _target(request, states, emit)
+    target, on_gateway = _target(request, looked.states, emit)
     check_not_bad(books.lines, target.digest, request.allow_bad)
     stage_plans = _stage_plans(request, target) if on_gateway else {}
-    return Looked(_plan(request, target, states, books, stage_plans), books)
+    return Looked(_plan(request, target, looked, books, stage_plans), books, without=looked.without)
 
 
 def look_back(request: Request, emit: Emit) -> Looked:
@@ -92,22 +106,26 @@ def look_back(request: Request, emit: Emit) -> Looked:
     Raises:
         RefusedError: there is nothing to go back to; the candidates come with their reasons.
     """
-    states = _look(request, emit)
+    looked = _look(request, emit)
     books = read_books(request.fleet, request.service, emit)
     now = tip(books.lines)
     if now is None:
         raise RefusedError("rollback.no_ledger", f"the ledger of {request.service.name} is empty: it never served.",
                            hint="opsctl provision brings first_release up")
-    ahead = plans.unfinished(states, request.service.name, books.lines)
-    if ahead and not request.version:
+    ahead = plans.unfinished(looked.states, request.service.name, books.lines)
+    if ahead and not request.version and now.digest not in bad_digests(books.lines):
         emit(Note(f"a rollout to {', '.join(sorted(set(ahead.values())))} did not end: back to {now.version}"))
         target = Target(request.service.name, now.version, now.digest)
+        leaves = dict(ahead)
     else:
-        chosen = rollback_target(books.lines, states, request.version)
+        meant = {host.name for host in request.hosts}
+        answered = {name: state for name, state in looked.states.items()
+                    if name in meant and not isinstance(state, OpsctlError)}
+        chosen = rollback_target(books.lines, answered, request.version)
         target = Target(request.service.name, chosen.version, chosen.digest)
-        ahead = {**ahead, now.digest: now.version}
-    leaves = {digest: version for digest, version in ahead.items() if digest != target.digest}
-    return Looked(_plan(request, target, states, books, {}), books, leaves)
+        leaves = {**ahead, now.digest: now.version}
+    leaves.pop(target.digest, None)
+    return Looked(_plan(request, target, looked, books, {}), books, leaves, looked.without)
 
 
 def update_model(request: Request, run: Run, emit: Emit, approve: Approve) -> dict[str, Any]:
@@ -131,7 +149,7 @@ def update_model(request: Request, run: Run, emit: Emit, approve: Approve) -> di
         if lacking:
             stage_release(request.fleet, lacking, request.service, target.release, emit,
                           rate_limit=request.rate_limit, bundle=request.bundle)
-    rolled = _roll(request, plan, run, emit, speed=None)
+    rolled = _roll(request, looked, run, emit, speed=None)
     lines = [] if _tip_is(looked.books, target) else [("serve", target.version, target.digest, "")]
     return _finish(request, run, emit, looked, rolled, lines)
 
@@ -148,7 +166,7 @@ def roll_back(request: Request, run: Run, emit: Emit, approve: Approve) -> dict[
     if plan.moves:
         plans.check(plan, allow_outage=request.allow_outage)
         approve(plan)
-    rolled = _roll(request, plan, run, emit, speed=0)
+    rolled = _roll(request, looked, run, emit, speed=0)
     lines = [("bad", version, digest, "rolled back") for digest, version in looked.leaves.items()]
     if not _tip_is(looked.books, target):
         lines.append(("serve", target.version, target.digest, "rollback"))
@@ -156,43 +174,55 @@ def roll_back(request: Request, run: Run, emit: Emit, approve: Approve) -> dict[
     return {**document, "bad": sorted(looked.leaves.values()) if request.whole else []}
 
 
-def _look(request: Request, emit: Emit) -> States:
+def _look(request: Request, emit: Emit) -> _Seen:
     emit(PhaseStarted(f"Look at {request.service.name}"))
     clashes(request.fleet)
     write_ssh_config(request.fleet)
-    return _states(request, emit)
+    states, silent = _states(request)
+    off = _silent_balancers(request, set(states))
+    if len(silent) + len(off) > request.skip_unreachable:
+        gone = {name: error for name, error in {**silent, **off}.items() if error.code in OUT_OF_REACH}
+        raise unreachable(gone) if gone else next(iter({**silent, **off}.values()))
+    for name, error in states.items():
+        if isinstance(error, OpsctlError):
+            emit(Note(f"left out, and counted as not serving: {error.message}", "warning", name))
+    for name, error in off.items():
+        emit(Note(f"left out: what this load balancer does is not seen: {error.message}", "warning", name))
+    names = [f"{placement.host}.{placement.instance}" for placement in place(request.fleet)
+             if placement.service == request.service.name]
+    lb = balancers(request.fleet, off)
+    try:
+        return _Seen(states, lb.rotating(names), frozenset(off))
+    except PausedError as error:
+        raise RefusedError(error.code, error.message, hint="mend it, then the same again; nothing was changed",
+                           log_tail=error.log_tail) from error
+    finally:
+        lb.close()
+
+
+def _silent_balancers(request: Request, known: set[str]) -> dict[str, OpsctlError]:
+    """Load balancers that do not answer over SSH, of those that were not asked already."""
+    if request.fleet.load_balancer != "haproxy":
+        return {}
+    hosts = [host for host in request.fleet.group("lb") if host.name not in known]
+    answers = on_each(request.fleet, hosts, lambda session: session.run(["true"], timeout_s=REACH_TIMEOUT_S))
+    return {name: answer for name, answer in answers.items() if isinstance(answer, OpsctlError)}
 
 
 def _serving_hosts(request: Request) -> list[Host]:
     return [host for host in request.fleet.hosts if request.service.group in host.groups]
 
 
-def _states(request: Request, emit: Emit) -> States:
+def _states(request: Request) -> tuple[dict[str, Any], dict[str, OpsctlError]]:
     """What every host of the service says, those outside the limit too: they count for the budget.
 
-    Raises:
-        RefusedError: more hosts are silent than were allowed to be, or one is not provisioned.
+    The second is what hosts said that are meant and cannot be asked.
     """
     hosts = _serving_hosts(request)
     facts = gather(request.fleet, hosts)
-    silent: dict[str, OpsctlError] = {}
-    states: dict[str, Any] = {}
-    for host in hosts:
-        fact = facts[host.name]
-        if isinstance(fact, OpsctlError):
-            if fact.code not in ("host.unreachable", "host.timed_out", "host.connection_lost"):
-                raise fact
-            silent[host.name] = fact
-            states[host.name] = fact
-        else:
-            states[host.name] = fact.state
+    states = {name: fact if isinstance(fact, OpsctlError) else fact.state for name, fact in facts.items()}
     meant = {host.name for host in request.hosts}
-    counted = {name: error for name, error in silent.items() if name in meant}
-    if len(counted) > request.skip_unreachable:
-        raise unreachable(counted)
-    for name, error in silent.items():
-        emit(Note(f"left out, and counted as not serving: {error.message}", "warning", name))
-    return states
+    return states, {name: fact for name, fact in facts.items() if isinstance(fact, OpsctlError) and name in meant}
 
 
 def _target(request: Request, states: States, emit: Emit) -> tuple[Target, bool]:
@@ -207,7 +237,7 @@ def _target(request: Request, states: States, emit: Emit) -> tuple[Target, bool]
         with Session(request.fleet, request.fleet.group("gateway")[0]) as session:
             found = find_release(request.fleet, session, request.service, request.version, bundle=request.bundle)
     except OpsctlError as error:
-        if error.code not in ("host.unreachable", "host.timed_out", "host.connection_lost"):
+        if error.code not in OUT_OF_REACH:
             raise
         digests = _everywhere(states, name, request.version)
         if len(digests) != 1:
@@ -235,8 +265,9 @@ def _stage_plans(request: Request, target: Target) -> dict[str, Mapping[str, Any
             if not isinstance(fact, OpsctlError) and key in fact.stage_plans}
 
 
-def _plan(request: Request, target: Target, states: States, books: Books,
+def _plan(request: Request, target: Target, seen: _Seen, books: Books,
           stage_plans: Mapping[str, Mapping[str, Any]]) -> Plan:
+    states = seen.states
     placements = [placement for placement in place(request.fleet) if placement.service == request.service.name]
     chosen = frozenset(host.name for host in request.hosts
                        if not isinstance(states.get(host.name), OpsctlError))
@@ -247,15 +278,16 @@ def _plan(request: Request, target: Target, states: States, books: Books,
     last = tip(books.lines)
     return plans.make_plan(
         request.service, target, placements, states, stage_plans=stage_plans, waves=request.waves, chosen=chosen,
+        rotating=seen.rotating,
         tip=Target(request.service.name, last.version, last.digest) if last else None)
 
 
-def _roll(request: Request, plan: Plan, run: Run, emit: Emit, *, speed: int | None) -> Rolled:
-    service = request.service
+def _roll(request: Request, looked: Looked, run: Run, emit: Emit, *, speed: int | None) -> Rolled:
+    service, plan = request.service, looked.plan
     rollout = rollouts.begun(plan, allow_outage=request.allow_outage, on_failure=request.on_failure)
     wanted_speed = request.min_speed_percent if request.min_speed_percent is not None else service.min_speed_percent
     settings = Settings(run.name, request.drain_timeout_s or service.drain_timeout_s,
-                        wanted_speed if speed is None else speed, request.via_lb)
+                        wanted_speed if speed is None else speed, request.via_lb, looked.without)
     rolled = roll(request.fleet, service, rollout, settings, emit)
     error = failure(rolled, plan)
     if error is not None:
@@ -269,26 +301,28 @@ def failure(rolled: Rolled, plan: Plan) -> OpsctlError | None:
     if code is ExitCode.DONE:
         return None
     moves = rolled.rollout.moves
-    first = next((move.error for wanted in (State.BROKEN, State.STUCK, State.FAILED, State.PAUSED)
+    worst = (State.BROKEN, State.STUCK, State.FAILED, State.ADRIFT, State.PAUSED, State.LEFT)
+    first = next((move.error for wanted in worst
                   for move in moves if move.state is wanted and move.error), None)
     kinds: dict[ExitCode, type[OpsctlError]] = {
         ExitCode.ROLLED_BACK: RolledBackError, ExitCode.MIXED: MixedError, ExitCode.PAUSED: PausedError}
     target = plan.target.version
     ahead = [move.step.name for move in moves if move.state in (State.MOVED, State.STUCK)]
+    perhaps = [move.step.name for move in moves if move.state is State.ADRIFT]
     why = (first.message if first else rolled.end.reason).rstrip(".")
+    where = f"on {target}: {', '.join(ahead) or 'none'}" + (f"; perhaps: {', '.join(perhaps)}" if perhaps else "")
+    back = f"opsctl rollback takes {target} back" if ahead or perhaps else ""
+    hints = [first.hint if first else ""]
     if code is ExitCode.ROLLED_BACK:
         went = [move.step.name for move in moves if move.state is State.REVERTED]
-        where = f"every instance serves what it served before ({', '.join(went)} went back)" if went else \
-            "every instance serves what it served before"
-        hint = "the log above is the failing unit's; mend the release and import it under a new version"
+        where = "every instance serves what it served before" + (f" ({', '.join(went)} went back)" if went else "")
+        hints = ["the log above is the failing unit's; mend the release and import it under a new version"]
     elif code is ExitCode.MIXED:
-        where = f"on {target}: {', '.join(ahead) or 'none'}; the others are not"
-        hint = f"opsctl rollback brings all back; opsctl update-model --version {target} goes on; opsctl status"
+        where += "; the others are not"
+        hints += [back, f"opsctl update-model --version {target} goes on" if ahead else "opsctl status"]
     else:
-        where = f"on {target}: {', '.join(ahead) or 'none yet'}"
-        hint = f"mend it, then the same command again continues; opsctl rollback takes {target} back"
-    if first is not None and code is not ExitCode.MIXED and first.hint:
-        hint = f"{first.hint}; {hint}" if code is ExitCode.PAUSED else hint
+        hints += ["the same command again continues", back]
+    hint = "; ".join(dict.fromkeys(one for one in hints if one))
     return kinds[code](first.code if first else f"rollout.{code.name.lower()}", f"{why}; {where}.", hint=hint,
                        log_tail=first.log_tail if first else ())
 
@@ -306,7 +340,13 @@ def _finish(request: Request, run: Run, emit: Emit, looked: Looked, rolled: Roll
         by = f"{getpass.getuser()}@{socket.gethostname()}"
         lines = [Line(number, version, digest, at, by, run.name, note, action)
                  for number, (action, version, digest, note) in enumerate(written, len(books.lines) + 1)]
-        write_lines(request.fleet, request.service, books, lines, emit)
+        try:
+            write_lines(request.fleet, request.service, books, lines, emit)
+        except OpsctlError as error:
+            raise MixedError(error.code, f"{request.service.name} is on {plan.target.version}, and the ledger could "
+                             f"not be written: {error.message}", hint=f"{error.hint}; the same command again writes it",
+                             log_tail=error.log_tail) from error
+    _check_served(request, looked, rolled)
     last = tip(books.lines)
     return {
         "run": run.name, "service": request.service.name, "from": last.version if last else "",
@@ -314,6 +354,39 @@ def _finish(request: Request, run: Run, emit: Emit, looked: Looked, rolled: Roll
         "instances": [_row(step, rolled) for step in plan.steps], "skipped": list(plan.silent),
         "ledger": len(books.lines) + len(written),
     }
+
+
+def _check_served(request: Request, looked: Looked, rolled: Rolled) -> None:
+    """All that was meant serves now, but what somebody keeps drained: the last look of a change.
+
+    Raises:
+        PausedError: some instance does not; the ledger is written, the others serve.
+    """
+    states, _ = _states(request)
+    names: dict[str, Mapping[str, Any]] = {}
+    for step in looked.plan.steps:
+        state = states[step.host]
+        for instance in () if isinstance(state, OpsctlError) else state["instances"]:
+            if instance["instance"] == step.instance and int(instance.get("weight", 100)) > 0:
+                names[step.name] = instance
+    lb = balancers(request.fleet, looked.without)
+    try:
+        rotating = lb.rotating(list(names))
+        lacking = [name for name, instance in names.items()
+                   if (name not in rotating and not lb.claimed(name)) or not plans.serves(instance)]
+    finally:
+        lb.close()
+    lacking += [step.name for step in looked.plan.steps if isinstance(states[step.host], OpsctlError)]
+    if not lacking:
+        return
+    errors = {move.step.name: move.error for move in rolled.rollout.moves if move.state is State.LEFT and move.error}
+    first = next((errors[name] for name in lacking if name in errors), None)
+    raise PausedError(
+        first.code if first else "update.not_serving",
+        f"{request.service.name} is on {looked.plan.target.version}, but {', '.join(lacking)} "
+        f"{'does' if len(lacking) == 1 else 'do'} not serve" + (f": {first.message}" if first else "."),
+        hint="opsctl status and the unit's log there; the same command again tries them",
+        log_tail=first.log_tail if first else ())
 
 
 def _row(step: plans.Step, rolled: Rolled) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 
 from opsctl.errors import ExitCode, MixedError, OpsctlError, PausedError, RefusedError, RolledBackError
 from opsctl.releases.plan import Step
-from opsctl.releases.roll import ended
+from opsctl.releases.roll import AdriftError, ended
 from opsctl.releases.rollout import Begin, End, Move, Rollout, State, Wait, after, decide
 
 
@@ -83,7 +83,18 @@ def test_a_failure_takes_back_what_was_moved_last_first() -> None:
     decision = decide(rollout, names(1, 2, 3))
     assert isinstance(decision, Begin)
     assert decision.back
-    assert begun(decision) == ["gpu-2", "gpu-1"]
+    assert begun(decision) == ["gpu-2"]  # as many at once as a wave held
+    moves = (Move(step(1, 1), State.MOVED), Move(step(2, 2), State.MOVED), Move(step(3, 2), State.MOVED),
+             Move(step(4, 2), State.FAILED, RolledBackError("gate.unhealthy", "no")))
+    assert begun(decide(Rollout(moves, 1), names(1, 2, 3, 4))) == ["gpu-3", "gpu-2", "gpu-1"]
+
+
+def test_who_served_nobody_and_does_not_start_stops_nobody_else() -> None:
+    moves = (Move(step(1, 1, serving=False), State.LEFT, RolledBackError("instance.did_not_start", "no")),
+             Move(step(2, 2)))
+    assert begun(decide(Rollout(moves, 0), names(2))) == ["gpu-2"]
+    assert decide(Rollout((moves[0], Move(step(2, 2), State.MOVED)), 0), names(2)) == End(ExitCode.DONE)
+    assert decide(Rollout(moves[:1], 0), names(2)) == End(ExitCode.ROLLED_BACK)
 
 
 def test_what_an_unfinished_rollout_had_moved_goes_back_too() -> None:
@@ -105,7 +116,9 @@ def test_what_an_unfinished_rollout_had_moved_goes_back_too() -> None:
     (MixedError("cutover.not_undone", ""), False, State.BROKEN),
     (PausedError("gate.inconclusive", ""), False, State.PAUSED),
     (RefusedError("cutover.moved", ""), False, State.PAUSED),
-    (OpsctlError("host.connection_lost", ""), False, State.PAUSED),
+    (OpsctlError("host.unreachable", ""), False, State.PAUSED),
+    (AdriftError("host.connection_lost", ""), False, State.ADRIFT),
+    (AdriftError("rotation.missing", ""), True, State.STUCK),
     (RolledBackError("instance.did_not_start", ""), True, State.STUCK),
     (PausedError("drain.deadline", ""), True, State.STUCK),
 ])
@@ -113,7 +126,11 @@ def test_how_a_move_ended(error: OpsctlError | None, back: bool, state: State) -
     assert ended(error, back=back) is state
 
 
-OUTCOMES = (State.MOVED, State.FAILED, State.BROKEN, State.PAUSED)
+def test_how_a_move_ended_where_nobody_was_served_before() -> None:
+    assert ended(RolledBackError("instance.did_not_start", ""), back=False, served=False) is State.LEFT
+
+
+OUTCOMES = (State.MOVED, State.FAILED, State.BROKEN, State.PAUSED, State.ADRIFT)
 
 
 def play(rollout: Rollout, outcomes: tuple[State, ...], back: State, size: int) -> tuple[Rollout, End, int]:
@@ -152,7 +169,7 @@ def test_however_it_goes_the_exit_code_tells_the_truth(waves: tuple[int, ...], m
                                    len(waves))
         states = [move.state for move in rollout.moves]
         assert least >= min_serving - states.count(State.BROKEN), (outcomes, states)
-        new = sum(state in (State.MOVED, State.STUCK) for state in states)
+        new = sum(state in (State.MOVED, State.STUCK, State.ADRIFT) for state in states)
         broken = State.BROKEN in states
         if end.exit_code is ExitCode.DONE:
             assert new == len(states)
