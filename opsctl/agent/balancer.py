@@ -122,7 +122,7 @@ def set_state(admin: Path, server: str, state: str) -> dict[str, Any]:
 
 def _seen(admin: Path, master: Path) -> list[dict[str, Any]]:
     found = servers(_ask(admin, "show stat", STATISTICS))
-    for pid in old_workers(_ask(master, "show proc", PROCESSES)) if master.exists() else ():
+    for pid in old_workers(_ask(master, "show proc", PROCESSES)) if master.is_socket() else ():
         statistics = _ask(master, f"@!{pid} show stat", ANYTHING)
         if STATISTICS.fullmatch(statistics):  # one that has just ended is answered for by the master, in a sentence
             found = with_sessions_of(found, servers(statistics))

@@ -19,7 +19,7 @@ STARTING = (HEAD + "chat,FRONTEND,,,1,1,OPEN,,\nchat,gpu-1.chat.0,0,0,3,4,UP,100
             "chat,gpu-2.chat.0,0,0,0,0,DOWN 1/2,100,L4CON\nchat,gpu-3.chat.0,0,0,1,1,UP,0,\n"
             "chat,BACKEND,0,0,4,4,UP,200,\n")
 SERVING = STARTING.replace("DOWN 1/2", "UP").replace("UP,0", "UP 1/3,1")
-NOBODY = Path("/nonexistent")
+NOBODY = Path("/dev/null")  # no socket
 PROCESSES = """#<PID>          <type>          <reloads>       <uptime>        <version>
 1162            master          5 [failed: 0]   0d00h02m07s     2.6.12
 # workers
@@ -148,7 +148,8 @@ def answering(path: Path, answers: Sequence[tuple[str, str]]) -> Iterator[None]:
                     heard.append(connection.recv(100).decode())
                     connection.sendall(text.encode())
 
-        haproxy = threading.Thread(target=answer)
+        listener.settimeout(10)
+        haproxy = threading.Thread(target=answer, daemon=True)
         haproxy.start()
         yield
         haproxy.join(10)

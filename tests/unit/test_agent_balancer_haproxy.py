@@ -16,7 +16,7 @@ from opsctl.agent.balancer import look, set_state
 from opsctl.errors import OpsctlError, RefusedError
 
 pytestmark = needs_haproxy
-NOBODY = Path("/nonexistent")
+NOBODY = Path("/dev/null")  # no socket
 
 
 @pytest.fixture
