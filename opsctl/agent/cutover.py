@@ -1,16 +1,16 @@
 """A cutover: one instance from one release to another, or from nothing, or back to where it was.
 
-Everything is checked first. Then: measure the engine that serves; write down the undo; stop; flip ``current.<n>``;
-start; wait until it is well; gate. Whatever fails after the undo was written is undone at once. Who was killed in the
-middle is undone by his unit's ``ExecStopPost=`` (``undo_left``), after a power cut at boot (``recover``), before any
-instance starts.
+Everything is checked first. Then: write down the undo, which holds traffic away whatever becomes of the owner's lease;
+measure the engine that serves; stop; flip ``current.<n>``; start; wait until it is well; gate. Whatever fails after the
+undo was written is undone at once. Who was killed in the middle is undone by his unit's ``ExecStopPost=``
+(``undo_left``), after a power cut at boot (``recover``), before any instance starts.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from opsctl.agent import drains, environment, gate, passed, probes, systemd, trust, unfinished
@@ -155,11 +155,17 @@ def _cutover(paths: Paths, order: Order, tools: Tools) -> dict[str, Any]:
                            hint="somebody moved it meanwhile; opsctl status, then the same command again")
     new = startable(paths, placement, order.release)
     running = systemd.show([placement.unit], tools.run)[placement.unit].active == "active"
-    tools.doing("measure")
-    baseline = _baseline(paths, order, placement, running, tools)
     record = Record(order.instance, order.from_release, order.release, order.owner,
-                    running or (left is not None and left.ran))
+                    running or (left is not None and left.ran), touched=False)
     unfinished.write(paths, record)
+    try:
+        tools.doing("measure")
+        baseline = _baseline(paths, order, placement, running, tools)
+        record = replace(record, touched=True)
+        unfinished.write(paths, record)
+    except (OpsctlError, OSError):
+        _undo(paths, replace(record, touched=False), tools)
+        raise
     try:
         result = _act(paths, order, placement, new, baseline, tools)
     except (OpsctlError, OSError) as error:
@@ -278,10 +284,14 @@ def _start_and_wait(placement: Placement, found: Startable, release: str, tools:
             names = probes.served_names(placement)
             if name in names:
                 return
-            raise OpsctlError("instance.identity", f"{placement.address}:{placement.port} serves "
-                              f"{', '.join(sorted(names)) or 'nothing'}, not {name}")
+            if names:  # none at all: it had no time to answer, or does not know them yet
+                raise OpsctlError("instance.identity", f"{placement.address}:{placement.port} serves "
+                                  f"{', '.join(sorted(names))}, not {name}")
+            lacks = "healthy, but without a name under /v1/models,"
+        else:
+            lacks = "not healthy"
         if tools.clock() >= deadline:
-            raise OpsctlError("instance.not_healthy", f"not healthy after {found.start_timeout_s:.0f} s")
+            raise OpsctlError("instance.not_healthy", f"{lacks} after {found.start_timeout_s:.0f} s")
         tools.pause(POLL_S)
 
 
@@ -358,7 +368,7 @@ def last_words(record: Record, run: Run = systemd.run) -> tuple[str, ...]:
 
 
 def _undo(paths: Paths, record: Record, tools: Tools, *, wait: bool = True) -> str:
-    """Stops what was tried, flips back, starts what served; the record goes last.
+    """Stops what was tried, flips back, starts what served; the record goes last. One that touched nothing only ends.
 
     ``wait``: until it is healthy. Without it, as at boot, only a unit that ran is ordered to start: the others start in
     systemd's own time. Returns what keeps the release before from serving, empty when nothing does. Needs no placement
@@ -368,6 +378,14 @@ def _undo(paths: Paths, record: Record, tools: Tools, *, wait: bool = True) -> s
         OpsctlError: ``instance.not_stopped``; the record stays.
     """
     tools.doing("undo")
+    trouble = _undo_acts(paths, record, tools, wait=wait) if record.touched else ""
+    _end_drain(paths, record.instance, record.owner)
+    unfinished.remove(paths, record.instance)
+    return trouble
+
+
+def _undo_acts(paths: Paths, record: Record, tools: Tools, *, wait: bool) -> str:
+    """What ``_undo`` does to unit and link; what keeps the release before from serving."""
     unit = f"inference@{record.instance}.service"
     service, _, index = record.instance.rpartition(".")
     link = paths.current(service, int(index))
@@ -389,8 +407,6 @@ def _undo(paths: Paths, record: Record, tools: Tools, *, wait: bool = True) -> s
         # Never to be waited for: at boot the start waits for us.
         done = tools.run(["systemctl", "start", "--no-block", "--", unit])
         trouble = done.stderr.strip() if done.returncode else ""
-    _end_drain(paths, record.instance, record.owner)
-    unfinished.remove(paths, record.instance)
     return trouble
 
 

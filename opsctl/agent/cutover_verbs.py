@@ -73,13 +73,16 @@ def _percent(text: str) -> int:
 
 
 def _cutover(paths: Paths, arguments: Arguments) -> dict[str, Any]:
+    """``joined``: it ran already, for another owner maybe. Its record keeps traffic away, so our drain ends now."""
     order = _order(arguments)
     read_placement(paths, order.instance)
     name, verb = _job(order)
     undo = ["work-undo", order.instance, *_owned(order.owner)]
-    job.start(paths, name, verb, properties=job.undone_by(
+    joined = not job.start(paths, name, verb, besides=_besides(order), properties=job.undone_by(
         undo, cutover.undo_timeout_s(paths, order.instance, order.from_release)))
-    return watch(paths, name, verb, arguments.wait_s)
+    if joined and order.owner and order.owner not in job.last_word(paths, name)["verb"]:
+        drains.remove(paths, order.instance, order.owner)
+    return {**watch(paths, name, verb, arguments.wait_s), "joined": joined}
 
 
 def _status(paths: Paths, arguments: Arguments) -> dict[str, Any]:
@@ -89,7 +92,8 @@ def _status(paths: Paths, arguments: Arguments) -> dict[str, Any]:
 
 def _work(paths: Paths, arguments: Arguments) -> dict[str, Any]:
     order = _order(arguments)
-    return work(*_job(order), paths,
+    name, verb = _job(order)
+    return work(name, [*verb, *_besides(order)], paths,
                 lambda reporter: cutover.cutover(paths, order, Tools(doing=reporter.doing)))
 
 
@@ -105,7 +109,7 @@ def _undo(paths: Paths, arguments: Arguments) -> dict[str, Any]:
         job.close(paths, name, MixedError("cutover.not_undone", f"{arguments.instance}: the worker of its cutover is "
                                           f"gone, and it cannot be brought back: {error.message}", hint=error.hint))
         raise
-    if record is not None:
+    if record is not None and record.touched:
         job.close(paths, name, cutover.failure(record, cutover.killed(word), trouble, cutover.last_words(record)))
     elif word["state"] == "running":
         job.close(paths, name, RefusedError("cutover.killed", f"{arguments.instance}: the worker of its cutover was "
@@ -126,10 +130,14 @@ def _order(arguments: Arguments) -> Order:
 
 
 def _job(order: Order) -> tuple[str, list[str]]:
-    """The job's name, one for each instance, and what its unit runs."""
+    """The job's name, one for each instance, and what it is: whoever orders the same move joins it."""
     return cutover.job_name(order.instance), [
-        "work-cutover", order.instance, "--release", order.release, "--from", order.from_release or NONE,
-        *_owned(order.owner), "--min-speed-percent", str(order.min_speed_percent)]
+        "work-cutover", order.instance, "--release", order.release, "--from", order.from_release or NONE]
+
+
+def _besides(order: Order) -> list[str]:
+    """What the worker is told of whoever was first."""
+    return [*_owned(order.owner), "--min-speed-percent", str(order.min_speed_percent)]
 
 
 def _owned(owner: str) -> list[str]:

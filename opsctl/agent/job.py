@@ -4,7 +4,8 @@
 may look at it, at any time. Nothing is piped: a pipe dies with its reader, and so would the work.
 
 A job is its name and its verb. One name runs one verb at a time; who wants another one waits, and nobody gets the
-result of another verb for that of his own.
+result of another verb for that of his own. What a worker is told ``besides`` is no part of that: who wants the same
+with other words there watches the one that runs.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ def description(verb: Sequence[str]) -> str:
     return f"opsctl {' '.join(verb)}"
 
 
-def run_arguments(name: str, verb: Sequence[str], properties: Sequence[str] = GENTLY) -> list[str]:
+def run_arguments(name: str, verb: Sequence[str], properties: Sequence[str] = GENTLY, besides: Sequence[str] = ()
+                  ) -> list[str]:
     """A unit that stays for as long as it works, and leaves its name free even when it fails."""
     return ["systemd-run", "--quiet", "--collect", f"--unit={name}.service", f"--description={description(verb)}",
             "--service-type=exec", "--property=UMask=0022", *(f"--property={one}" for one in properties), "--",
-            *worker_arguments(verb)]
+            *worker_arguments([*verb, *besides])]
 
 
 def undone_by(verb: Sequence[str], timeout_s: float) -> tuple[str, ...]:
@@ -50,9 +52,11 @@ def undone_by(verb: Sequence[str], timeout_s: float) -> tuple[str, ...]:
     return (f"ExecStopPost={shlex.join(worker_arguments(verb))}", f"TimeoutStopSec={timeout_s:.0f}")
 
 
-def start(paths: Paths, name: str, verb: Sequence[str], run: Run = systemd.run, properties: Sequence[str] = GENTLY
-          ) -> bool:
+def start(paths: Paths, name: str, verb: Sequence[str], run: Run = systemd.run, properties: Sequence[str] = GENTLY,
+          besides: Sequence[str] = ()) -> bool:
     """Starts the job ``name``, or finds it running; True when it was started now. ``properties``: of its unit.
+
+    ``besides``: what its worker gets after ``verb``; one that runs with other words there is found all the same.
 
     Raises:
         LockedError: it runs for another verb.
@@ -66,7 +70,7 @@ def start(paths: Paths, name: str, verb: Sequence[str], run: Run = systemd.run, 
                 raise _other(name, unit.description)
             return False
         _status_file(paths, name).unlink(missing_ok=True)
-        done = run(run_arguments(name, verb, properties))
+        done = run(run_arguments(name, verb, properties, besides))
         if done.returncode:
             raise OpsctlError("job.not_started", f"systemd did not start {name}: {done.stderr.strip()}.",
                               hint="systemctl status", log_tail=done.stderr.splitlines())

@@ -25,18 +25,22 @@ NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)  # ProtectSystem=strict show
 
 @dataclass(frozen=True)
 class Record:
-    """What undoes a cutover. ``from_release`` is empty for a first start; ``ran``: the unit ran before it."""
+    """What undoes a cutover. ``from_release`` is empty for a first start; ``ran``: the unit ran before it.
+
+    ``touched`` is off while the release before is only measured: then nothing of the instance is to be undone.
+    """
 
     instance: str
     from_release: str
     to_release: str
     owner: str = ""
     ran: bool = True
+    touched: bool = True
 
 
 def write(paths: Paths, record: Record) -> None:
     document = {"instance": record.instance, "from": record.from_release, "to": record.to_release,
-                "owner": record.owner, "ran": record.ran, "boot": boot(paths)}
+                "owner": record.owner, "ran": record.ran, "touched": record.touched, "boot": boot(paths)}
     write_atomically(paths.undo(record.instance), json.dumps(document))
 
 
@@ -50,7 +54,7 @@ def read(paths: Paths, instance: str) -> Record | None:
     try:
         document = json.loads(path.read_bytes())
         return Record(instance, str(document["from"]), str(document["to"]), str(document["owner"]),
-                      bool(document["ran"]))
+                      bool(document["ran"]), bool(document.get("touched", True)))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import subprocess
@@ -183,7 +184,7 @@ def test_the_undo_is_written_before_the_first_act(world: World) -> None:
     world.before = look
     world.cut()
     assert seen[0] == ({"instance": "chat.0", "from": world.v1, "to": world.v2, "owner": OWNER, "ran": True,
-                        "boot": "boot-1"}, True, [OPERATOR, OWNER])
+                        "touched": True, "boot": "boot-1"}, True, [OPERATOR, OWNER])
 
 
 def was_fast(world: World) -> None:
@@ -197,6 +198,7 @@ FAILURES: list[tuple[str, dict[str, Any], type[OpsctlError], str]] = [
     ("restarts", {}, RolledBackError, "instance.did_not_start"),
     ("never healthy", {"health": 503}, RolledBackError, "instance.did_not_start"),
     ("another release", {"names": ("chat", "chat@v9-000000000000")}, RolledBackError, "instance.did_not_start"),
+    ("never a name", {"names": ()}, RolledBackError, "instance.did_not_start"),
     ("too short", {"lacks": 3}, RolledBackError, "gate.unhealthy"),
     ("errors", {"completions": 500}, RolledBackError, "gate.unhealthy"),
     ("no chat any more", {"chat": 400}, RolledBackError, "gate.unhealthy"),
@@ -232,6 +234,28 @@ def test_what_fails_is_undone_and_the_release_before_serves(world: World, what: 
     assert world.owners == [OPERATOR]
     assert not world.paths.undo("chat.0").exists()
     assert passed.read(world.paths, "chat.0", world.v2) is None
+
+
+@pytest.mark.parametrize("mute", ["the new one", "the old one that is brought back"])
+def test_no_answer_to_who_are_you_is_asked_again(world: World, mute: str) -> None:
+    """It had no time for it, right after its start."""
+    release = world.v2 if mute == "the new one" else world.v1
+    world.moods[release] = {"names": ()}
+    if release == world.v1:
+        world.dies.add(world.v2)
+    looks = iter(range(100))
+
+    def speaks(argv: list[str]) -> None:
+        if argv[1] == "show" and world.acts()[-1:] == ["start"] and world.link.readlink().name == release \
+                and next(looks) == 3:
+            world.engine.moods.names = ("chat", f"chat@{release}")
+    world.before = speaks
+    if release == world.v1:
+        with pytest.raises(RolledBackError):
+            world.cut()
+    else:
+        world.cut()
+    assert world.serves == release
 
 
 def test_any_speed_will_do_when_the_order_says_so(world: World) -> None:
@@ -349,6 +373,24 @@ def test_where_it_is_already(world: World) -> None:
         world.cut()
 
 
+def test_what_fails_while_the_engine_that_serves_is_measured_leaves_it_alone(world: World,
+                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    world.engine.moods.health = 503  # nobody waits for it to be well either
+    seen: list[Any] = []
+
+    def full(phase: str) -> None:
+        seen.append((phase, unfinished.read(world.paths, "chat.0")))
+        if phase == "measure":
+            raise OSError(errno.ENOSPC, "full")
+    monkeypatch.setattr(world, "_doing", full)
+    with pytest.raises(OSError, match="full"):
+        world.cut()
+    assert seen[0] == ("measure", Record("chat.0", world.v1, world.v2, OWNER, touched=False))
+    assert [argv for argv in world.units.orders if argv[1] != "show"] == []
+    assert world.owners == [OPERATOR]
+    assert not world.paths.undo("chat.0").exists()
+
+
 def test_a_unit_that_does_not_stop(world: World) -> None:
     """Nothing was flipped: it goes on with what it had."""
     with_refusal(world, "stop")
@@ -408,6 +450,27 @@ def test_a_worker_that_was_killed_before_it_stopped_anything_costs_nothing(world
     cut_off(world, "stop")
     undo_left(world.paths, "chat.0", OWNER, world.tools())
     assert world.acts() == ["start"]  # which an active unit does not notice
+
+
+@pytest.mark.parametrize("boot", ["boot-1", "boot-2"])
+def test_a_worker_that_was_killed_while_it_measured_has_touched_nothing(world: World, boot: str) -> None:
+    cut_off(world, "measure")
+    world.engine.moods.health = 503
+    world.paths.boot_id.write_text(f"{boot}\n")
+    if boot == "boot-1":
+        undo_left(world.paths, "chat.0", OWNER, world.tools())
+    else:
+        assert recover(world.paths, world.units)["undone"] == ["chat.0"]
+    assert world.units.orders == []
+    assert (world.link.readlink().name, world.owners) == (world.v1, [OPERATOR])
+    assert not world.paths.undo("chat.0").exists()
+
+
+def test_a_record_of_an_older_version_has_touched(world: World) -> None:
+    cut_off(world, "gate")
+    path = world.paths.undo("chat.0")
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "touched"}))
+    assert unfinished.read(world.paths, "chat.0") == Record("chat.0", world.v1, world.v2, OWNER)
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -614,6 +677,26 @@ def test_a_cutover_is_a_unit_that_systemd_undoes_when_it_dies(here: World) -> No
     assert len([argv for argv in here.units.orders if argv[0] == "systemd-run"]) == 1
     code, document = said(["cutover", "chat.0", "--release", here.v1, "--from", here.v2, "--wait-s", "0"])
     assert (code, document["error"]["code"]) == (4, "job.other")
+
+
+OTHER = "run:20261122-040000-cd34"
+
+
+def test_another_run_that_orders_the_same_joins_it_and_keeps_no_drain(here: World) -> None:
+    same = ["cutover", "chat.0", "--release", here.v2, "--from", here.v1, "--wait-s", "0"]
+    assert not said([*same, "--owner", OWNER])[1]["joined"]
+    drains.put(here.paths, "chat.0", OTHER, 0, "cutover", "bob")
+    code, status = said([*same, "--owner", OTHER, "--min-speed-percent", "30"])
+    assert (code, status["state"], status["joined"]) == (0, "running", True)
+    assert here.owners == [OPERATOR, OWNER]
+    reporter = job.Reporter(here.paths, NAME, begun(here)[begun(here).index("work-cutover"):])
+    assert said([*same, "--owner", OWNER])[1]["joined"]
+    assert here.owners == [OPERATOR, OWNER], "its own worker ends that one"
+    reporter.finished({"changed": True})
+    here.units.units.pop(f"{NAME}.service")
+    watched = ["cutover-status", "chat.0", "--release", here.v2]
+    assert said(watched)[1]["result"] == {"changed": True}
+    assert len([argv for argv in here.units.orders if argv[0] == "systemd-run"]) == 1
 
 
 def test_a_first_start_is_the_same_job_as_a_cutover_from_nothing(here: World) -> None:
