@@ -7,7 +7,8 @@ import binascii
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -171,35 +172,49 @@ def show_ledger(paths: Paths, service: str, *, copy: bool = False) -> dict[str, 
 
 def append_ledger(paths: Paths, service: str, version: str, digest: str, *, after: int, by: str, run: str = "",
                   note: str = "", action: str = ledger.SERVE, now: float | None = None) -> dict[str, Any]:
-    """Appends one line after line ``after`` (0: the ledger is empty) and fsyncs it; ``{"changed", "number"}``.
+    """Appends one line, as ``extend_ledger`` does; ``{"changed", "number"}``."""
+    line = Line(0, version, digest, "", by, run, note, action)
+    done = extend_ledger(paths, service, [line], after=after, now=now)
+    return {"changed": done["changed"], "number": done["number"]}
 
-    What the ledger says already is nothing to do.
+
+def extend_ledger(paths: Paths, service: str, wanted: Sequence[Line], *, after: int, now: float | None = None
+                  ) -> dict[str, Any]:
+    """Appends lines after line ``after`` (0: the ledger is empty): all of them at once, whatever happens, or none.
+
+    Numbers and dates are given here. What the ledger says already is left out. Returns ``{"changed", "number",
+    "added"}``: lines that the ledger has now, and for each of ``wanted`` whether it was new.
 
     Raises:
-        RefusedError: the release is not accepted here, or the line contradicts the ledger.
+        RefusedError: a release is neither accepted here nor known to the ledger, or a line contradicts it.
         LockedError: somebody else has written since line ``after``.
     """
     path = _ledger(paths, service)
     make_directory(path.parent)
     with locked(path.with_name(f".{path.name}.lock")):
-        lines, whole = _read_ledger(path)
+        before, whole = _read_ledger(path)
         at = _utc(time.time() if now is None else now)
-        line = Line(len(lines) + 1, version, digest, at, by, run, note, action)
-        if ledger.says(lines, line):
-            return {"changed": False, "number": len(lines)}
-        ledger.check_tip(lines, after)
-        ledger.check(lines, line)
-        if action == ledger.SERVE and not (paths.gateway_releases / service / line.release).is_dir():
-            raise RefusedError("ledger.no_release", f"{line.release} of {service} is not on the gateway.",
-                               hint="publish it before the ledger names it")
-        with path.open("ab") as file:
-            file.truncate(whole)  # a line that a power cut tore
-            file.write(line.to_bytes())
-            os.fchmod(file.fileno(), 0o644)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_directory(path.parent)
-    return {"changed": True, "number": line.number}
+        lines, added = list(before), []
+        for one in wanted:
+            added.append(not ledger.says(lines, one))
+            if added[-1]:
+                ledger.check_tip(before, after)
+                line = replace(one, number=len(lines) + 1, at=at)
+                ledger.check(lines, line)
+                _check_known(paths, service, lines, line)
+                lines.append(line)
+        if any(added):
+            content = path.read_bytes()[:whole] if whole else b""  # without a line that a power cut tore
+            write_atomically(path, content + ledger.to_bytes(lines[len(before):]))
+    return {"changed": any(added), "number": len(lines), "added": added}
+
+
+def _check_known(paths: Paths, service: str, lines: Sequence[Line], line: Line) -> None:
+    """Hosts may have what the ledger knows: a gateway that was installed anew keeps nobody from going back to it."""
+    known = any((earlier.version, earlier.digest) == (line.version, line.digest) for earlier in lines)
+    if line.action == ledger.SERVE and not known and not (paths.gateway_releases / service / line.release).is_dir():
+        raise RefusedError("ledger.no_release", f"{line.release} of {service} is not on the gateway.",
+                           hint="publish it before the ledger names it")
 
 
 def put_ledger(paths: Paths, service: str, body: bytes, *, copy: bool = False) -> dict[str, Any]:

@@ -98,12 +98,12 @@ def write_lines(fleet: Fleet, service: Service | str, books: Books, lines: Seque
     """Writes ``lines`` after those of ``books``; gives the books as they are now. Said already: nothing to do.
 
     The gateway first, which numbers and dates them itself, then every host's copy; with the gateway down the copies
-    alone. A host that does not answer gets its copy with the next write.
+    alone. Each takes all of them in one write, or none. A host that does not answer gets its copy with the next write.
 
     Raises:
         LockedError: ``ledger.moved``: somebody else wrote meanwhile.
-        RefusedError: a line contradicts the ledger, or names a release that the gateway lacks.
-        OpsctlError: the connection broke on the way, so the line may be there; or nobody took it.
+        RefusedError: a line contradicts the ledger, or names a release that neither gateway nor ledger knows.
+        OpsctlError: the connection broke on the way, so the lines may be there; or nobody took it.
     """
     service = _name(service)
     if books.gateway_up:
@@ -165,16 +165,11 @@ def _ask(fleet: Fleet, gateway: Host, service: str, emit: Emit
 
 def _append(fleet: Fleet, books: Books, lines: Sequence[Line], emit: Emit) -> Books:
     gateway = gateway_of(fleet)
-    after = len(books.lines)
     with Session(fleet, gateway) as session:
-        for line in lines:
-            done = ask(session, [
-                "ledger-append", "--service", books.service, "--version", line.version, "--digest", line.digest,
-                "--action", line.action, "--after", str(after), "--by", line.by, "--run", line.run,
-                "--note", line.note], host=gateway.name)
-            after += bool(done["changed"])
-            emit(TaskResult(gateway.name, f"ledger of {books.service}: {words(line)}",
-                            "changed" if done["changed"] else "ok"))
+        done = ask(session, ["ledger-extend", "--service", books.service, "--after", str(len(books.lines))],
+                   host=gateway.name, stdin=ledger.to_bytes(lines))
+        for line, added in zip(lines, done["added"], strict=True):
+            emit(TaskResult(gateway.name, f"ledger of {books.service}: {words(line)}", "changed" if added else "ok"))
         found = ask(session, ["ledger-show", "--service", books.service], host=gateway.name)["lines"]
     return Books(books.service, tuple(map(ledger.line_of, found)), GATEWAY, gateway_up=True)
 

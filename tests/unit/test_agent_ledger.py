@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from machines import Machine
 
-from opsctl.agent import gateway, ledger
+from opsctl.agent import durable, gateway, ledger
 from opsctl.agent.ledger import Line
 from opsctl.agent.paths import Paths
 from opsctl.errors import LockedError, OpsctlError, RefusedError
@@ -76,6 +77,69 @@ def two(host: Paths) -> Paths:
         (host.gateway_releases / "chat" / f"{version}-{digest[:12]}").mkdir(parents=True)
         append(host, version, digest, number)
     return host
+
+
+def test_what_the_ledger_knows_may_be_served_though_the_gateway_lost_it(two: Paths) -> None:
+    for version, digest in zip(("v1", "v2"), DIGESTS, strict=True):
+        (two.gateway_releases / "chat" / f"{version}-{digest[:12]}").rmdir()
+    assert append(two, "v1", A, 2) == {"changed": True, "number": 3}
+    with pytest.raises(RefusedError) as refused:
+        append(two, "v3", C, 3)
+    assert refused.value.code == "ledger.no_release"
+    assert append(two, "v3", C, 3, "bad") == {"changed": True, "number": 4}
+
+
+# Several lines of one change.
+
+
+BACK = (line(0, "v2", B, "bad"), line(0, "v1", A))
+
+
+def extend(host: Paths, *given: Line, after: int = 2) -> dict[str, Any]:
+    return gateway.extend_ledger(host, "chat", given, after=after, now=0.0)
+
+
+def test_lines_of_one_change_are_numbered_one_after_the_other(two: Paths) -> None:
+    assert extend(two, *BACK) == {"changed": True, "number": 4, "added": [True, True]}
+    assert [(found["number"], found["version"], found["action"], found["at"]) for found in lines(two)][2:] == [
+        (3, "v2", "bad", "1970-01-01T00:00:00Z"), (4, "v1", "serve", "1970-01-01T00:00:00Z")]
+    assert extend(two, *BACK) == {"changed": False, "number": 4, "added": [False, False]}
+
+
+def test_a_line_that_is_refused_keeps_the_others_out(two: Paths) -> None:
+    with pytest.raises(RefusedError):
+        extend(two, BACK[0], line(0, "v3", C))
+    with pytest.raises(LockedError):
+        extend(two, *BACK, after=1)
+    assert len(lines(two)) == 2
+
+
+def test_a_disk_that_fails_in_the_middle_leaves_the_ledger_as_it_was(two: Paths, monkeypatch: pytest.MonkeyPatch
+                                                                    ) -> None:
+    def ill(_: int) -> None:
+        raise OSError(5, "Input/output error")
+    with monkeypatch.context() as patch:
+        patch.setattr(durable.os, "fsync", ill)
+        with pytest.raises(OSError, match="Input/output"):
+            extend(two, *BACK)
+    assert len(lines(two)) == 2
+
+
+def test_lines_over_a_torn_one(two: Paths) -> None:
+    with (two.ledgers / "chat.jsonl").open("ab") as file:
+        file.write(BACK[0].to_bytes()[:9])
+    assert extend(two, *BACK)["number"] == 4
+    assert [found["number"] for found in lines(two)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("body", "code"), [
+    (f'{{"version": "v2", "digest": "{B}", "action": "bad"}}\n{{"version": "v1", "digest": "{A}"}}\n'.encode(), 0),
+    (b"5\n", 2), (b"{}\n", 2), (b"{\n", 2), (b'{"version": "v1"}\n', 2)])
+def test_the_verb_takes_json_lines(two: Paths, body: bytes, code: int) -> None:
+    machine = Machine(two, "ops-1")
+    done = machine.run(["opsctl-host", "ledger-extend", "--service", "chat", "--after", "2"], stdin=body)
+    assert done.returncode == code
+    assert [bool(found["by"]) for found in lines(two)] == [True] * (2 if code else 4)
 
 
 # Copies.

@@ -73,7 +73,11 @@ def test_lines_go_to_the_gateway_and_to_every_hosts_copy(fleet: Fleet, machines:
     books = read_books(fleet, CHAT, discard)
     assert books == Books("chat", (), "gateway", gateway_up=True)
     books = write_lines(fleet, CHAT, books, [V1], discard)
+    for machine in machines.values():
+        machine.verbs.clear()
     books = write_lines(fleet, CHAT, books, [V2, V2_BAD], discard)
+    assert machines["ops-1"].verbs == ["ledger-extend", "ledger-show"], "both lines in one write"
+    assert machines["gpu-1"].verbs == ["ledger-put"]
     assert [(line.version, line.action, line.by) for line in books.lines] == [
         ("v1", "serve", "ann@desk"), ("v2", "serve", "ann@desk"), ("v2", "bad", "ann@desk")]
     assert read_books(fleet, CHAT, discard).lines == books.lines
