@@ -21,6 +21,8 @@ from opsctl.fleet.placements import gateway, place
 
 HOST_PROGRAM = "/opt/opsctl/agent/bin/opsctl-host"
 SERVING = "serving"
+CHANGING = "changing"
+CUT_OFF = "down #unfinished"  # the voice of an instance whose change ended with an earlier boot
 LEDGER_PATIENCE_S = 1.0  # beyond what the hosts took
 
 Ledgers = Mapping[str, Sequence[Line]]
@@ -127,7 +129,7 @@ def _instance_row(host: Host, placement: Placement, state: Mapping[str, Any], li
     for instance in state["instances"]:
         if instance["instance"] == placement.instance:
             row = Row(host.name, host.groups, placement.instance, instance["release"] or "", instance_state(instance),
-                      instance["running"], instance["waiting"], weight=instance.get("weight"))
+                      instance["running"], instance["waiting"], _change_words(host, instance), instance.get("weight"))
             return _with_ledger(_with_drains(row, state.get("drains", ())), instance["digest"], lines)
     return Row(host.name, host.groups, placement.instance, state="not provisioned",
                note="the host does not know this instance yet: opsctl provision")
@@ -138,7 +140,8 @@ def _with_drains(row: Row, drains: Sequence[Mapping[str, Any]]) -> Row:
     mine = [drain for drain in drains if drain["instance"] == row.instance]
     if not mine:
         return row
-    note = f"{row.host} {row.instance}: " + ", ".join(drain_words(drain) for drain in mine)
+    note = f"{row.note}; " if row.note else f"{row.host} {row.instance}: "
+    note += ", ".join(drain_words(drain) for drain in mine)
     weight = min(int(drain["weight"]) for drain in mine)
     return replace(row, state="drained" if weight == 0 and row.state == SERVING else row.state, note=note,
                    weight=weight)
@@ -155,6 +158,18 @@ def _with_ledger(row: Row, digest: str, lines: Sequence[Line]) -> Row:
                    note=f"{row.note}; the ledger says {tip.version}" if row.note else words)
 
 
+def _change_words(host: Host, instance: Mapping[str, Any]) -> str:
+    """What to do about an instance that is ``changing``; a host does not say whether anybody still works on it."""
+    if not instance.get("unfinished"):
+        return ""
+    name = instance["instance"]
+    undo = f"opsctl-host work-undo {name} undoes it"
+    if str(instance.get("voice", "")).startswith(CUT_OFF):
+        return f"{host.name} {name}: a change of its release was cut off: {undo}"
+    return (f"{host.name} {name}: its release is being changed (opsctl-host cutover-status {name}); when nobody works "
+            f"on it, {undo}")
+
+
 def drain_words(drain: Mapping[str, Any]) -> str:
     """``0 % by operator:ann (new kernel)``."""
     why = f" ({drain['reason']})" if drain.get("reason") else ""
@@ -163,8 +178,13 @@ def drain_words(drain: Mapping[str, Any]) -> str:
 
 
 def instance_state(instance: Mapping[str, Any]) -> str:
-    """``serving``, ``no release``, ``starting``, ``failed``, ``stopped`` ... from the unit and its health."""
+    """``serving``, ``no release``, ``starting``, ``failed``, ``stopped`` ... from the unit and its health.
+
+    ``changing``, whatever the unit does: a cutover or first start is not done or undone.
+    """
     unit = instance["unit"]
+    if instance.get("unfinished"):
+        return CHANGING
     if not instance["release"]:
         return "no release"
     if unit == "active":

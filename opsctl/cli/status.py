@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from opsctl.status import Row
 
 STYLE = {"serving": "green", "up": "green", "starting": "yellow", "draining": "yellow", "no release": "yellow",
-         "drained": "yellow", "behind": "yellow", "ahead": "yellow",
+         "drained": "yellow", "changing": "yellow", "behind": "yellow", "ahead": "yellow",
          "not provisioned": "dim", "unreachable": "bold red", "failed": "bold red", "stopped": "bold red",
          "error": "bold red"}
 Watch = Annotated[float, typer.Option("--watch", "-w", help="Redraw every SECONDS until Ctrl-C; 0: print once.",
@@ -28,7 +28,8 @@ def status(inventory: Inventory = None, limit: Limit = "", watch: Watch = 0.0, a
            debug: Debug = False) -> None:
     """Show hosts, groups, instances, releases, state, requests in flight, and who drains what.
 
-    behind, ahead: an instance serves an earlier release than the ledger says, or one that it does not name.
+    behind, ahead: an instance serves an earlier release than the ledger says, or one that it does not name;
+    changing: it is being moved to another one, and gets no requests.
     """
     with speaking("status", as_json=as_json, debug=debug) as speaker:
         from opsctl.fleet.inventory import read_fleet

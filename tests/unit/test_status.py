@@ -90,6 +90,20 @@ def test_drains_and_the_ledger_show(version: str, unit: str, drains: list[dict[s
     assert row.weight == (min(drain["weight"] for drain in drains) if drains and expected[1] else None)
 
 
+@pytest.mark.parametrize(("voice", "drains", "note"), [
+    ("up 0%", [], "its release is being changed (opsctl-host cutover-status chat.0)"),
+    ("", [], "when nobody works on it, opsctl-host work-undo chat.0 undoes it"),
+    ("down #unfinished start", [], "a change of its release was cut off: opsctl-host work-undo chat.0 undoes it"),
+    ("up 0%", [ANN], "undoes it; 0 % by operator:ann (new kernel)"),
+])
+def test_an_instance_that_is_being_changed_does_not_serve(voice: str, drains: list[dict[str, Any]], note: str) -> None:
+    answers = {"gpu-1": {**state(instance(unfinished=True, voice=voice)), "drains": drains}}
+    (row,) = rows(FLEET, FLEET.group("gpu"), answers)
+    assert row.state == "changing"
+    assert row.note.startswith("gpu-1 chat.0: ")
+    assert row.note.endswith(note) or note in row.note
+
+
 def test_a_gateway_that_does_not_answer_keeps_nobody_waiting() -> None:
     late = threading.Event()
 
@@ -117,6 +131,9 @@ def test_a_gateway_that_fails_is_left_out() -> None:
     ({"unit": "activating"}, "starting"),
     ({"unit": "deactivating"}, "draining"),
     ({"unit": "inactive", "release": None}, "no release"),
+    ({"unfinished": False}, "serving"),
+    ({"unfinished": True}, "changing"),
+    ({"unfinished": True, "unit": "inactive"}, "changing"),
 ])
 def test_the_state_of_an_instance_in_one_word(changes: dict[str, Any], expected: str) -> None:
     assert instance_state(instance(**changes)) == expected
