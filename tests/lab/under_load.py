@@ -49,8 +49,9 @@ def import_slow(lab: Any, version: str, seed: int) -> None:
     succeeds("model", "import", file, "--service", "chat", "--version", version, *words, inventory=lab.inventory)
 
 
-def load_on(lab: Any, *, clients: int = CLIENTS, seconds_per_stream: float = SECONDS_PER_STREAM) -> Load:
-    return Load(target(read_fleet(lab.inventory), "chat"), clients=clients, seconds_per_stream=seconds_per_stream)
+def load_on(lab: Any, *, clients: int = CLIENTS, tokens: int | None = None) -> Load:
+    return Load(target(read_fleet(lab.inventory), "chat"), clients=clients, tokens=tokens,
+                seconds_per_stream=SECONDS_PER_STREAM)
 
 
 def lost(records: list[Record]) -> Counter[tuple[str, str]]:
