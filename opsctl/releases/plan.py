@@ -152,7 +152,9 @@ def make_plan(
     moving = in_order([step for step in steps if step.action == "move"])
     numbered = {step.name: number for number, wave in enumerate(in_waves(moving, waves), 1) for step in wave}
     planned = tuple(replace(step, wave=numbered.get(step.name, 0)) for step in steps)
-    outage = any(step.serving for step in moving) and serving - service.min_serving < 1
+    # who serves nobody now goes first, and is counted on afterwards; should it not come up, the budget pauses
+    coming = sum(not step.serving and not step.drained_by for step in moving)
+    outage = any(step.serving for step in moving) and serving + coming - service.min_serving < 1
     return Plan(service, target, planned, _hosts(moving, states, stage_plans, target), serving, tuple(silent),
                 outage)
 

@@ -132,6 +132,13 @@ def test_an_instance_that_serves_nobody_costs_no_outage() -> None:
     assert not plan.outage
 
 
+def test_an_instance_that_comes_up_first_spares_the_next() -> None:
+    dead = instance(unit="failed", health="unknown")
+    assert not make({"gpu-1": state(dead), "gpu-2": state()}).outage
+    drained = {**state(instance(weight=0)), "drains": [{"instance": "chat.0", "owner": "operator:ann", "weight": 0}]}
+    assert make({"gpu-1": drained, "gpu-2": state()}).outage
+
+
 def test_two_instances_on_one_host_are_no_outage() -> None:
     plan = make({"gpu-1": state(instance(), instance("chat.1"))}, per_host=2)
     assert (plan.outage, plan.least_serving) == (False, 1)
