@@ -303,7 +303,8 @@ class Load:
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._enough.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._enough.wait()
 
     async def _stream(self, url: SplitResult) -> Record:
         stream = _Stream(self.tokens or FIRST_TOKENS, self.now)
@@ -327,14 +328,15 @@ class Load:
     async def _receive(self, url: SplitResult, stream: _Stream) -> str:
         """Reads one answer to its end; returns what went wrong with the connection, in words."""
         try:
-            reader, writer = await asyncio.wait_for(
-                asyncio.open_connection(url.hostname, url.port or 80), CONNECT_TIMEOUT_S)
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                reader, writer = await asyncio.open_connection(url.hostname, url.port or 80)
         except (OSError, asyncio.TimeoutError) as error:
             return _words(error)
         try:
             writer.write(request(url, self.target.service, stream.wanted))
             while not stream.answer.complete:
-                data = await asyncio.wait_for(reader.read(LARGEST_READ), SILENCE_S)
+                async with asyncio.timeout(SILENCE_S):
+                    data = await reader.read(LARGEST_READ)
                 if not data:
                     return ""
                 events = stream.answer.events
@@ -418,11 +420,15 @@ class Load:
         await self._ask_on(page, note)
 
     async def _ask_on(self, url: str, note: Callable[[bytes], None]) -> None:
-        """Asks a page twice a second for ever; one that does not answer, or in other words, is asked again."""
+        """Asks a page twice a second for ever; one that does not answer, or in other words, is asked again.
+
+        Not by ``wait_for``: when the page fails in the moment of the cancellation, that forgets to be cancelled.
+        """
         where = urlsplit(url)
         while True:
             with contextlib.suppress(OSError, asyncio.TimeoutError, ValueError, KeyError, TypeError):
-                note(await asyncio.wait_for(_get(where), CONNECT_TIMEOUT_S))
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    note(await _get(where))
             await asyncio.sleep(LOOK_S)
 
 

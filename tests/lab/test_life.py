@@ -258,8 +258,8 @@ def test_the_gateway_gets_them_when_it_is_back(life: Any, fleet: Fleet) -> None:
     table = succeeds("history", "--service", "talk", inventory=life.inventory).stdout
     assert "serving now" in table
     listed = succeeds("model", "list", "--service", "talk", "--json", inventory=life.inventory).document["releases"]
-    assert {row["version"]: (row["now"], row["bad"]) for row in listed} == {
-        "v1": (True, False), "v1.1": (False, True), "v1.2": (False, False)}
+    marks = {row["version"]: (row["now"], row["bad"]) for row in listed}
+    assert (marks["v1"], marks["v1.1"], marks["v1.2"]) == ((True, False), (False, True), (False, False))
 
 
 # What is collected.
@@ -296,13 +296,15 @@ def reloaded_at(lab: Any) -> float:
 def test_an_instance_and_a_service_leave_under_streams(life: Any, fleet: Fleet) -> None:
     """None is lost: of chat, whose clients go on, and of talk, whose clients find nobody from some moment on."""
     verb(life, "gpu-1", "drain", "chat.1", "--owner", "operator:bob", "--weight", "50")
+    for host in life.gpu_hosts:  # engines take what nobody else wants, or all of this computer would wait for them
+        said_by_shell(life, host, "renice -n 15 -u inference")
     talk = Load(target(fleet, "talk"), clients=8, seconds_per_stream=20)
     chat = Load(target(fleet, "chat"), clients=16, tokens=400)
     with talk, chat:
         talk.wait_until_steady(180)
         chat.wait_until_steady(180)
         (life.directory / "services.yml").write_text(CHAT.format(instances=1))
-        document = succeeds("provision", "--json", inventory=life.inventory).document
+        document = succeeds("provision", "--json", inventory=life.inventory, timeout_s=1500).document
     changes = {(change["host"], change["task"]) for change in document["changes"]}
     assert {(host, LEAVE) for host in life.gpu_hosts} <= changes
     posix = time.time() - time.monotonic()

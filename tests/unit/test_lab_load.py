@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from collections import Counter
@@ -147,3 +148,31 @@ def test_the_load_balancers_word_is_followed(engine: Engine) -> None:
 ])
 def test_how_long_a_stream_is(seconds: float, per_second: float, clients: int, most: int, tokens: int) -> None:
     assert tokens_for(seconds, per_second, clients, most) == tokens
+
+
+def test_who_asks_a_page_can_be_cancelled_at_any_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the one in which the page fails: a load whose engines were stopped did not end."""
+    async def refused(_: object) -> bytes:
+        failing = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_soon(lambda: failing.done() or failing.set_exception(OSError("refused")))
+        return bytes(await failing)
+
+    async def ended(one: Load, moment: int) -> bool:
+        task = asyncio.create_task(one._ask_on("http://127.0.0.1:1/", lambda _: None))
+        for _ in range(moment):
+            await asyncio.sleep(0)
+        task.cancel()
+        _, running = await asyncio.wait({task}, timeout=1)
+        while not task.done():
+            task.cancel()
+            await asyncio.sleep(0)
+        one._loop.close()
+        return not running
+
+    async def all_ended() -> list[bool]:
+        return [await ended(one, moment) for moment, one in enumerate(loads)]
+
+    loads = [Load(Target("chat", (), {})) for _ in range(12)]
+    monkeypatch.setattr("opsctl.lab.load._get", refused)
+    monkeypatch.setattr("opsctl.lab.load.LOOK_S", 0)
+    assert all(asyncio.run(all_ended()))
