@@ -22,7 +22,7 @@ from opsctl.releases.publish import publish
 from opsctl.releases.remote import HOST_PROGRAM
 from opsctl.releases.store import find
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
 HOST, INSTANCE = "gpu-1", "chat.0"
 UNIT, JOB = "inference@chat.0.service", "opsctl-cutover@chat.0.service"

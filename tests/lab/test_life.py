@@ -27,7 +27,7 @@ from opsctl.releases.books import read_books, write_lines
 from opsctl.releases.remote import HOST_PROGRAM
 from opsctl.traffic import operator_owner
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
 CHAT = """\
 chat:
@@ -299,7 +299,7 @@ def test_an_instance_and_a_service_leave_under_streams(life: Any, fleet: Fleet) 
     for host in life.gpu_hosts:  # engines take what nobody else wants, or all of this computer would wait for them
         said_by_shell(life, host, "renice -n 15 -u inference")
     talk = Load(target(fleet, "talk"), clients=8, seconds_per_stream=20)
-    chat = Load(target(fleet, "chat"), clients=16, tokens=400)
+    chat = Load(target(fleet, "chat"), clients=8, tokens=400)
     with talk, chat:
         talk.wait_until_steady(180)
         chat.wait_until_steady(180)

@@ -14,7 +14,7 @@ from command import succeeds
 
 from opsctl.lab.model import write_model
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = (".venv", "opsctl", "playbooks", "roles", "templates", "inventory.example", "services.example")

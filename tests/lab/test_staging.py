@@ -18,7 +18,7 @@ from command import opsctl, refused, succeeds
 
 from opsctl.releases.remote import HOST_PROGRAM
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
 SLOW = "10M"  # bytes per second: the mid model, 100 MB, takes ten seconds
 SLOWER = "2M"  # nearly a minute; the same command without a limit lifts it

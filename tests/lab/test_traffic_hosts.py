@@ -29,7 +29,7 @@ from opsctl.releases.remote import HOST_PROGRAM
 from opsctl.releases.store import find
 from opsctl.status import endpoints
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
 CLIENTS = 12
 FIRST, SECOND = "gpu-1.chat.0", "gpu-2.chat.0"
