@@ -121,7 +121,7 @@ def write_fleet(lab: Lab) -> str:
     is kept as ``inventory.ini.old``.
     """
     fleet = lab.fleet
-    receipt = read_receipt(fleet) or Receipt(lab.name, created=not fleet.exists(), files={})
+    receipt = read_receipt(fleet) or Receipt(lab.name, created=lab.fleet_is_ours, files={})
     fleet.mkdir(parents=True, exist_ok=True)
     own = fleet / "inventory.ini"
     text = inventory(lab)
@@ -171,12 +171,18 @@ def note_written(path: Path) -> None:
         _save_receipt(path.parent, Receipt(receipt.lab, receipt.created, files))
 
 
-def remove_fleet(fleet: Path, lab: str) -> tuple[str, ...]:
+def remove_fleet(lab: Lab) -> tuple[str, ...]:
     """Takes away what the lab wrote; returns the relative paths that stay because a person made or changed them."""
+    fleet = lab.fleet
     receipt = read_receipt(fleet)
-    if receipt is None or receipt.lab != lab:
+    if receipt is None:  # killed before its first file was whole
+        _remove_halves(fleet, RECEIPT)
+        _remove_empty(fleet, itself=lab.fleet_is_ours)
+        return ()
+    if receipt.lab != lab.name:
         return ()
     for path in receipt.files:
+        _remove_halves(fleet, path)
         if _unchanged(fleet, path, receipt):
             (fleet / path).unlink()
         elif not receipt.files[path] and (fleet / path).is_dir():
@@ -185,10 +191,20 @@ def remove_fleet(fleet: Path, lab: str) -> tuple[str, ...]:
     for name in WORK if receipt.created else (".opsctl",):
         if (fleet / name).is_dir():
             shutil.rmtree(fleet / name)
-    for directory, _, _ in os.walk(fleet, topdown=False):
-        if not any(Path(directory).iterdir()) and (receipt.created or Path(directory) != fleet):
-            Path(directory).rmdir()
+    _remove_empty(fleet, itself=receipt.created)
     return tuple(sorted(_files(fleet))) if receipt.created else ()
+
+
+def _remove_halves(fleet: Path, path: str) -> None:
+    """What ``write_atomically`` leaves when it is killed: the file beside its place."""
+    for half in (fleet / path).parent.glob(f".{Path(path).name}.????????"):
+        half.unlink()
+
+
+def _remove_empty(fleet: Path, *, itself: bool) -> None:
+    for directory, _, _ in os.walk(fleet, topdown=False):
+        if not any(Path(directory).iterdir()) and (itself or Path(directory) != fleet):
+            Path(directory).rmdir()
 
 
 def _unchanged(fleet: Path, path: str, receipt: Receipt) -> bool:

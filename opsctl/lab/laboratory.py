@@ -119,7 +119,8 @@ def _allocate(name: str, gpu_hosts: int, fleet: Path, suite: str, emit: Emit) ->
             Machine(f"gpu-{index}", str(subnet[FIRST_ADDRESS + index]), ("gpu",),
                     user=fleet_files.login_name(index), proxy_jump=fleet_files.jump_of(index))
             for index in range(1, gpu_hosts + 1))
-        return state.save(Lab(name=name, number=number, suite=suite, subnet=subnet, fleet=fleet, machines=(ops, *gpus)))
+        return state.save(Lab(name=name, number=number, suite=suite, subnet=subnet, fleet=fleet,
+                              fleet_is_ours=not fleet.exists(), machines=(ops, *gpus)))
 
 
 def _prepare(lab: Lab, emit: Emit) -> Lab:
@@ -212,7 +213,7 @@ def down(name: str, *, keep_fleet: bool, emit: Emit) -> tuple[str, ...]:
             network.remove(lab.bridge)
             cgroups.remove(lab.name)
             if not keep_fleet:
-                kept = fleet_files.remove_fleet(lab.fleet, lab.name)
+                kept = fleet_files.remove_fleet(lab)
         shutil.rmtree(state.STATE_ROOT / name)
     with state.locked(state.STATE_ROOT, lambda: None):
         pass  # the last lab's end takes the folder of all labs with it

@@ -59,6 +59,7 @@ class Lab:
     suite: str
     subnet: IPv4Network
     fleet: Path
+    fleet_is_ours: bool = False  # its directory was not there before the lab
     base: Path | None = None
     machines: tuple[Machine, ...] = ()
     snapshots: dict[str, tuple[str, ...]] = field(default_factory=dict)  # name -> the machines that ran then

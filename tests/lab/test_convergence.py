@@ -71,7 +71,7 @@ BROKEN = [
      "base : Install the public keys that releases and the bundle are signed with."),
     ("gpu-1", ["systemctl", "stop", "opsctl-agent"], "base : Start and enable opsctl-agent.service."),
     ("gpu-1", ["systemctl", "stop", "inference@chat.0"],
-     "inference : Enable the instances, and start those that have a release."),
+     "inference : Enable the instances, and start those that have a release and keep it."),
     ("gpu-2", ["rm", "/opt/opsctl/agent/bin/opsctl-host"], "agent : Install the agent from the gateway."),
     ("gpu-2", ["rm", "/etc/systemd/system/inference@.service"], "inference : Install the engines' unit."),
     ("gpu-2", ["sed", "-i", "s/^port.*/port = 1/", "/etc/opsctl/instances/chat.0.toml"],

@@ -188,8 +188,9 @@ def test_a_hung_engine_pauses_at_the_deadline_and_is_back_in_service(provisioned
 def test_what_an_operator_drained_is_moved_and_stays_drained(provisioned: Any) -> None:
     succeeds("drain", "gpu-1", "-m", "fan is replaced", "--yes", inventory=provisioned.inventory)
     try:
-        with nobody_notices(provisioned):
-            said = update(provisioned, "quiet", "--allow-outage")  # with gpu-1 away, gpu-2 is all that serves
+        # with gpu-1 away, gpu-2 is all that serves: this is an outage, and wants leave
+        assert "chat" in failed(update(provisioned, "quiet"), 5, "update.outage")["message"]
+        said = update(provisioned, "quiet", "--allow-outage")
         assert said.returncode == 0, said.stderr
         assert instance(provisioned, "gpu-1")["release"] == "quiet"
         drains = state(provisioned, "gpu-1")["drains"]

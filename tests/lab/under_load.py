@@ -49,9 +49,8 @@ def import_slow(lab: Any, version: str, seed: int) -> None:
     succeeds("model", "import", file, "--service", "chat", "--version", version, *words, inventory=lab.inventory)
 
 
-def load_on(lab: Any, *, clients: int = CLIENTS, tokens: int | None = None) -> Load:
-    return Load(target(read_fleet(lab.inventory), "chat"), clients=clients, tokens=tokens,
-                seconds_per_stream=SECONDS_PER_STREAM)
+def load_on(lab: Any, *, clients: int = CLIENTS) -> Load:
+    return Load(target(read_fleet(lab.inventory), "chat"), clients=clients, seconds_per_stream=SECONDS_PER_STREAM)
 
 
 def lost(records: list[Record]) -> Counter[tuple[str, str]]:

@@ -26,8 +26,8 @@ MACHINES = (
 )
 
 
-def a_lab(fleet: Path) -> Lab:
-    return Lab("lab", 1, "bookworm", IPv4Network("10.91.0.0/24"), fleet, machines=MACHINES)
+def a_lab(fleet: Path, *, ours: bool = True) -> Lab:
+    return Lab("lab", 1, "bookworm", IPv4Network("10.91.0.0/24"), fleet, fleet_is_ours=ours, machines=MACHINES)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_all_of_it_goes(lab: Lab) -> None:
     model = lab.fleet / "tiny.gguf"
     model.write_bytes(b"GGUF")
     fleet_files.note_written(model)
-    assert fleet_files.remove_fleet(lab.fleet, "lab") == ()
+    assert fleet_files.remove_fleet(lab) == ()
     assert not lab.fleet.exists()
 
 
@@ -73,12 +73,15 @@ def test_what_a_person_made_or_changed_stays(lab: Lab) -> None:
     (lab.fleet / "notes.txt").write_text("mine")
     with (lab.fleet / "services.yml").open("a") as services:
         services.write("# mine\n")
-    assert fleet_files.remove_fleet(lab.fleet, "lab") == ("notes.txt", "services.yml")
+    assert fleet_files.remove_fleet(lab) == ("notes.txt", "services.yml")
     assert sorted(path.name for path in lab.fleet.iterdir()) == ["notes.txt", "services.yml"]
 
 
-def killed_at(fleet: Path, folder: Path, call: int) -> None:
-    """A ``lab up`` that loses its life (kill -9) when it calls ssh-keygen for the so-manieth time."""
+def killed_at(fleet: Path, folder: Path, call: int, *, ours: bool = True) -> None:
+    """A ``lab up`` that loses its life (kill -9) when it calls ssh-keygen for the so-manieth time.
+
+    Call 0: when its first file is written, but not yet in its place.
+    """
     folder.mkdir()
     keygen = folder / "ssh-keygen"
     keygen.write_text(f"#!/bin/sh\necho >>{folder}/calls\n"
@@ -86,22 +89,23 @@ def killed_at(fleet: Path, folder: Path, call: int) -> None:
                       f'exec {shutil.which("ssh-keygen")} "$@"\n')
     keygen.chmod(0o755)
     script = ("import sys, pathlib; sys.path.insert(0, sys.argv[1]); import test_lab_fleet_files as t\n"
-              "t.fleet_files.write_fleet(t.a_lab(pathlib.Path(sys.argv[2])))")
+              f"if {call} == 0: pathlib.Path.replace = lambda *_: t.os.kill(t.os.getpid(), 9)\n"
+              f"t.fleet_files.write_fleet(t.a_lab(pathlib.Path(sys.argv[2]), ours={ours}))")
     done = subprocess.run([sys.executable, "-c", script, Path(__file__).parent, fleet], check=False,
                           env=os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"})
     assert done.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("call", [0, 1, 2])
 @pytest.mark.parametrize("was_there", [False, True])
 def test_all_of_a_half_written_one_goes(tmp_path: Path, call: int, was_there: bool) -> None:
     fleet = tmp_path / "fleet"
     if was_there:
         fleet.mkdir()
         (fleet / "notes.txt").write_text("mine")
-    killed_at(fleet, tmp_path / "bin", call)
-    assert (fleet / "inventory.ini").exists()
-    assert fleet_files.remove_fleet(fleet, "lab") == ()
+    killed_at(fleet, tmp_path / "bin", call, ours=not was_there)
+    assert any(fleet.rglob("*.ini" if call else ".lab.json.*"))
+    assert fleet_files.remove_fleet(a_lab(fleet, ours=not was_there)) == ()
     assert [path.name for path in tmp_path.rglob("fleet/*")] == ["notes.txt"] * was_there
     assert fleet.exists() == was_there
 
@@ -114,7 +118,7 @@ def test_a_half_written_one_is_completed_and_then_goes(tmp_path: Path) -> None:
     receipt = fleet_files.read_receipt(half.fleet)
     assert receipt is not None
     assert all(receipt.files.values())
-    assert fleet_files.remove_fleet(half.fleet, "lab") == ()
+    assert fleet_files.remove_fleet(half) == ()
     assert not half.fleet.exists()
 
 
@@ -128,13 +132,14 @@ def test_the_receipt_names_all_that_is_written(lab: Lab) -> None:
 def test_a_directory_that_was_there_stays_with_its_own(tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle/mine.deb").write_text("mine")
-    fleet_files.write_fleet(a_lab(tmp_path))
-    fleet_files.remove_fleet(tmp_path, "lab")
+    lab = a_lab(tmp_path, ours=False)
+    fleet_files.write_fleet(lab)
+    fleet_files.remove_fleet(lab)
     assert [path.name for path in tmp_path.rglob("*")] == ["bundle", "mine.deb"]
 
 
 def test_another_labs_directory_is_not_removed(lab: Lab) -> None:
-    assert fleet_files.remove_fleet(lab.fleet, "other") == ()
+    assert fleet_files.remove_fleet(replace(lab, name="other")) == ()
     assert (lab.fleet / "inventory.ini").exists()
 
 

@@ -98,7 +98,6 @@ def test_told_to_stop_it_ends_its_streams_and_prints(inventory: Path, engine: En
     assert out.splitlines()[-1].endswith("0 of 3 lost")
 
 
-@pytest.mark.slow
 def test_on_a_terminal_there_is_a_graph_and_the_commands_lines_stand_above_it(inventory: Path) -> None:
     ours, its = pty.openpty()
     process = subprocess.Popen(
