@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from opsctl.agent import ledger
+from opsctl.agent.drains import FULL
 from opsctl.agent.ledger import SERVE, Line
 from opsctl.engines.session import Session, on_each
 from opsctl.errors import OpsctlError
@@ -22,6 +23,8 @@ from opsctl.fleet.placements import gateway, place
 HOST_PROGRAM = "/opt/opsctl/agent/bin/opsctl-host"
 SERVING = "serving"
 CHANGING = "changing"
+UP = "up"  # a host that has no instance, and answers
+AS_IT_SHOULD_BE = frozenset({SERVING, UP})
 CUT_OFF = "down #unfinished"  # the voice of an instance whose change ended with an earlier boot
 LEDGER_PATIENCE_S = 1.0  # beyond what the hosts took
 
@@ -51,9 +54,15 @@ class Row:
 
 def look(fleet: Fleet, hosts: Sequence[Host]) -> list[Row]:
     """Asks hosts and gateway at once."""
-    ledgers = Beside(lambda: _ledgers(fleet))
+    return look_closely(fleet, hosts)[0]
+
+
+def look_closely(fleet: Fleet, hosts: Sequence[Host]) -> tuple[list[Row], tuple[str, ...]]:
+    """As ``look``, with the services whose ledger did not answer: nothing is known of who is behind there."""
+    beside = Beside(lambda: _ledgers(fleet))
     states = gather(fleet, hosts)
-    return rows(fleet, hosts, states, ledgers.answer(LEDGER_PATIENCE_S) or {})
+    ledgers = beside.answer(LEDGER_PATIENCE_S) or {}
+    return rows(fleet, hosts, states, ledgers), tuple(one.name for one in fleet.services if one.name not in ledgers)
 
 
 def gather(fleet: Fleet, hosts: Sequence[Host], timeout_s: float = 15.0) -> dict[str, Mapping[str, Any] | OpsctlError]:
@@ -121,7 +130,7 @@ def rows(fleet: Fleet, hosts: Sequence[Host], states: Mapping[str, Mapping[str, 
         else:
             found += [_instance_row(host, placement, state, (ledgers or {}).get(placement.service, ()))
                       for placement in mine] or [
-                Row(host.name, host.groups, state="up")]
+                Row(host.name, host.groups, state=UP)]
     return found
 
 
@@ -192,6 +201,29 @@ def instance_state(instance: Mapping[str, Any]) -> str:
     if unit == "deactivating":
         return "draining"
     return {"inactive": "stopped", "activating": "starting"}.get(unit, str(unit))
+
+
+def wrong(found: Sequence[Row], silent: Sequence[str] = ()) -> list[dict[str, str]]:
+    """What is not as it should be: ``{"host", "instance", "what"}`` for each; nothing when all is well. Pure.
+
+    Only a host that is up and an instance that serves with all its weight are well: what nobody knows is not.
+    ``silent`` are services whose ledger did not answer; one of which nothing is shown does not count.
+    """
+    bad = [{"host": row.host, "instance": row.instance, "what": _wrong_word(row)} for row in found
+           if row.state not in AS_IT_SHOULD_BE or (row.weight is not None and row.weight < FULL)]
+    shown = {row.instance.rpartition(".")[0] for row in found}
+    return bad + [{"host": "", "instance": service, "what": "ledger did not answer"} for service in silent
+                  if service in shown]
+
+
+def _wrong_word(row: Row) -> str:
+    return f"serving at {row.weight} %" if row.state == SERVING else row.state
+
+
+def wrong_words(bad: Sequence[Mapping[str, str]]) -> str:
+    """One line: ``2 wrong: gpu-1 chat.0 failed, gpu-2 unreachable``."""
+    return f"{len(bad)} wrong: " + ", ".join(" ".join(filter(None, (one["host"], one["instance"], one["what"])))
+                                             for one in bad)
 
 
 def endpoints(fleet: Fleet) -> dict[str, list[str]]:

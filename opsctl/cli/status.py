@@ -9,6 +9,7 @@ import typer
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from opsctl.cli.speak import AsJson, Debug, Inventory, Limit, Speaker, find_inventory, speaking
 
@@ -22,21 +23,27 @@ STYLE = {"serving": "green", "up": "green", "starting": "yellow", "draining": "y
          "error": "bold red"}
 Watch = Annotated[float, typer.Option("--watch", "-w", help="Redraw every SECONDS until Ctrl-C; 0: print once.",
                                       metavar="SECONDS")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit 9 unless every host is up and every instance serves what "
+                                      "the ledger says, with all its weight.")]
 
 
-def status(inventory: Inventory = None, limit: Limit = "", watch: Watch = 0.0, as_json: AsJson = False,
-           debug: Debug = False) -> None:
+def status(inventory: Inventory = None, limit: Limit = "", watch: Watch = 0.0, strict: Strict = False,
+           as_json: AsJson = False, debug: Debug = False) -> None:
     """Show hosts, groups, instances, releases, state, requests in flight, and who drains what.
 
     behind, ahead: an instance serves an earlier release than the ledger says, or one that it does not name;
     changing: it is being moved to another one, and gets no requests.
     """
     with speaking("status", as_json=as_json, debug=debug) as speaker:
+        from opsctl.errors import ExitCode, UsageError
         from opsctl.fleet.inventory import read_fleet
         from opsctl.fleet.select import select_hosts
         from opsctl.fleet.ssh_config import write_ssh_config
-        from opsctl.status import endpoints, look
+        from opsctl.status import endpoints, look_closely, wrong, wrong_words
 
+        if strict and watch > 0:
+            raise UsageError("status.strict_and_watch", "--strict answers with an exit code, and --watch never ends.",
+                             hint="one of the two")
         fleet = read_fleet(find_inventory(inventory))
         hosts = select_hosts(fleet, limit)
         write_ssh_config(fleet)
@@ -44,10 +51,14 @@ def status(inventory: Inventory = None, limit: Limit = "", watch: Watch = 0.0, a
             _watch(speaker, fleet, hosts, watch)
             return
         with speaker.waiting(f"asking {len(hosts)} hosts"):
-            found = look(fleet, hosts)
+            found, silent = look_closely(fleet, hosts)
+        bad = wrong(found, silent)
         document = {"inventory": str(fleet.inventory), "endpoints": endpoints(fleet),
-                    "rows": [row.as_document() for row in found]}
-        speaker.result(document, render(fleet, found))
+                    "rows": [row.as_document() for row in found], "wrong": bad}
+        failing = strict and bool(bad)
+        speaker.result(document, render(fleet, found), ExitCode.FOUND_WRONG if failing else ExitCode.DONE)
+        if failing:
+            speaker.say(Text(wrong_words(bad), "bold red"))
 
 
 def _watch(speaker: Speaker, fleet: Fleet, hosts: tuple[Host, ...], every_s: float) -> None:
