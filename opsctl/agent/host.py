@@ -1,7 +1,7 @@
 """``opsctl-host``: the verbs of one host, for whoever calls over SSH. One JSON document on stdout, also for an error.
 
 Here: ``state`` and how a gateway takes releases in. The others stand in files of their own: ``stage_verbs.py``,
-``cutover_verbs.py``, ``traffic_verbs.py``, ``ledger_verbs.py``; ``opsctl-host --help`` lists them all.
+``cutover_verbs.py``, ``traffic_verbs.py``, ``ledger_verbs.py``, ``lock_verbs.py``; ``opsctl-host --help`` lists all.
 Exit codes are those of ``opsctl`` itself.
 """
 
@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from opsctl.agent import audit, cutover_verbs, gateway, leaving, ledger_verbs, stage_verbs, traffic_verbs
+from opsctl.agent import audit, cutover_verbs, gateway, leaving, ledger_verbs, lock_verbs, stage_verbs, traffic_verbs
 from opsctl.agent.paths import Paths
 from opsctl.agent.state import agent_version, state
 from opsctl.agent.verbs import Act, Arguments, release_of, service, system_error
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.umask(0o022)
     try:
         if arguments.acts and os.geteuid() != 0:
-            raise RefusedError("host.needs_root", f"opsctl-host {arguments.verb} changes this host and needs root.",
+            raise RefusedError("host.needs_root", f"opsctl-host {arguments.verb} needs root.",
                                hint=f"sudo opsctl-host {arguments.verb} ...")
         if arguments.audited:
             what = {key: value for key, value in vars(arguments).items() if key not in NOT_AUDITED}
@@ -51,7 +51,7 @@ def _failed(error: OpsctlError) -> int:
     return int(error.exit_code)
 
 
-NOT_AUDITED = frozenset({"act", "acts", "audited", "verb", "json"})
+NOT_AUDITED = frozenset({"act", "acts", "audited", "verb", "json", "token"})
 
 
 def _state(paths: Paths, _: Arguments) -> dict[str, Any]:
@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     cutover_verbs.register(verb)
     ledger_verbs.register(verb)
     traffic_verbs.register(verb)
+    lock_verbs.register(verb)
     leaving.register(verb)
     return parser
 

@@ -59,6 +59,21 @@ class Paths:
     def drains(self, instance: str) -> Path:
         return self.state / "drains" / instance
 
+    @property
+    def locks(self) -> Path:
+        """Whose run is at work here, and on the gateway at a service (``locks.py``)."""
+        return self.state / "locks"
+
+    @property
+    def holds(self) -> Path:
+        """Hosts that are to be left alone (``holds.py``): on the gateway all, elsewhere a copy of the host's own."""
+        return self.state / "holds"
+
+    @property
+    def runs(self) -> Path:
+        """The gateway's journals, one for each run (``runs.py``)."""
+        return self.state / "runs"
+
     def cache(self, instance: str) -> Path:
         """HOME and compile caches of an instance's engine: its unit's CacheDirectory."""
         return self.root / "var/cache/opsctl" / instance

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from typing import Any
 
-from opsctl.agent import environment, passed, probes, systemd
+from opsctl.agent import environment, holds, locks, passed, probes, systemd
 from opsctl.agent import manifest as manifests
 from opsctl.agent.drains import least_weight, read_drains
 from opsctl.agent.paths import Paths
@@ -61,7 +61,8 @@ def state(paths: Paths, run: Run = systemd.run) -> dict[str, Any]:
         "releases": [{**stored.as_document(), "engine_built": environment.is_complete(paths, stored.release.engine)}
                      for service in sorted(releases) for stored in releases[service]],
         "free_bytes": free_bytes_of(existing(paths.services)),
-        "holds": [],
+        "lock": locks.told(paths),
+        "holds": holds.all_holds(paths),
         "drains": [drain for placement in placements for drain in read_drains(paths, placement.instance)],
     }
 
