@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from difflib import unified_diff
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from opsctl.errors import ConfigurationError
 from opsctl.resources import PACKAGE, resource
 
 LOG_TAIL_LINES = 20
+WOULD_RUN = "Command would have run if not in check mode"  # ansible.builtin.command's word, beside "skipped"
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,12 @@ class PlaybookOutcome:
     stats: dict[str, dict[str, int]] = field(default_factory=dict)
     phase: str = ""
     exit_code: int = 0
+    check: bool = False  # in check mode "changed" says what would be
+    modules: dict[str, str] = field(default_factory=dict)  # task -> ansible.builtin.copy
 
 
 def command(inventory: Path, playbook: Path, *, limit: Sequence[str] = (), become: bool = False,
-            check: bool = False, variables: Mapping[str, str] | None = None) -> list[str]:
+            check: bool = False, variables: Mapping[str, Any] | None = None) -> list[str]:
     """The argument vector of one playbook run. ``become``: the sudo password comes on standard input."""
     arguments = [ansible_program("ansible-playbook"), "--inventory", str(inventory), str(playbook)]
     if limit:
@@ -88,18 +92,23 @@ def translate(raw: Mapping[str, Any], outcome: PlaybookOutcome) -> Iterator[Even
         outcome.phase = str(raw["name"])
         yield PhaseStarted(outcome.phase)
     elif kind == "task":
+        outcome.modules[task] = str(raw.get("action", ""))
         yield TaskStarted(task)
     elif kind == "host_start":
         yield TaskStarted(task, host)
     elif kind == "item_ok" and raw["changed"]:
-        yield TaskResult(host, task, "changed", item=str(raw["item"]))
+        yield TaskResult(host, task, "changed", detail=_diff(raw) if outcome.check else (), item=str(raw["item"]))
     elif kind == "item_failed":
         yield TaskResult(host, task, "failed", _message(raw), _detail(raw), item=str(raw["item"]))
     elif kind == "ok":
         if raw["changed"]:
             outcome.changed.append((host, task))
         # a loop's items have spoken for themselves
-        yield TaskResult(host, task, "changed" if raw["changed"] and not raw["is_loop"] else "ok")
+        alone = raw["changed"] and not raw["is_loop"]
+        yield TaskResult(host, task, "changed" if alone else "ok", detail=_diff(raw) if alone and outcome.check else ())
+    elif kind == "skipped" and outcome.check and raw.get("msg") == WOULD_RUN:
+        outcome.changed.append((host, task))
+        yield TaskResult(host, task, "changed")
     elif kind == "skipped":
         yield TaskResult(host, task, "skipped")
     elif kind in ("failed", "unreachable") and not raw.get("ignored", False):
@@ -116,6 +125,27 @@ def _message(raw: Mapping[str, Any]) -> str:
         return "the output is hidden because it may hold a secret"
     message = raw.get("msg", "")
     return str(message if isinstance(message, str) else json.dumps(message)).strip().splitlines()[0] if message else ""
+
+
+def _diff(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """What would be different, line by line as ``diff -u`` has it; empty where the module does not say."""
+    found = raw.get("diff", ())
+    lines: list[str] = []
+    for one in found if isinstance(found, list) else [found]:
+        if not isinstance(one, dict):
+            continue
+        if "prepared" in one:
+            lines += str(one["prepared"]).strip().splitlines()
+            continue
+        before, after = (_text(one.get(side, "")) for side in ("before", "after"))
+        name = str(one.get("after_header") or one.get("before_header") or "")
+        lines += unified_diff(before, after, name, name, n=1, lineterm="")
+    return tuple(lines)
+
+
+def _text(side: object) -> list[str]:
+    """A file's text, or the few attributes that a module names: both as lines."""
+    return (side if isinstance(side, str) else json.dumps(side, indent=1, sort_keys=True)).splitlines()
 
 
 def _detail(raw: Mapping[str, Any]) -> tuple[str, ...]:
@@ -135,16 +165,18 @@ def _detail(raw: Mapping[str, Any]) -> tuple[str, ...]:
 
 def run_playbook(playbook: Path, *, fleet_directory: Path, inventory: Path, ssh_config: Path, log: Path, emit: Emit,
                  limit: Sequence[str] = (), become_password: str | None = None,
-                 variables: Mapping[str, str] | None = None) -> PlaybookOutcome:
+                 variables: Mapping[str, Any] | None = None, check: bool = False) -> PlaybookOutcome:
     """Runs a playbook to its end; everything Ansible says outside its events goes to ``log``.
+
+    ``check``: in check mode, with diffs: nothing is changed, and ``changed`` is what would be.
 
     Raises:
         ConfigurationError: Ansible stopped before its first play (the last lines of ``log`` are in the error).
         KeyboardInterrupt: passed on after Ansible was stopped, within seconds.
     """
     arguments = command(inventory, playbook, limit=limit, become=become_password is not None,
-                        variables=variables)
-    outcome = PlaybookOutcome()
+                        variables=variables, check=check)
+    outcome = PlaybookOutcome(check=check)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as said, _event_pipe() as (read_fd, write_fd):
         process = subprocess.Popen(

@@ -18,14 +18,15 @@ from opsctl.provisioning import judge
 
 
 def run(tmp_path: Path, tasks: str, *, host_line: str = "here ansible_connection=local",
-        events: list[Event] | None = None) -> ansible.PlaybookOutcome:
+        events: list[Event] | None = None, check: bool = False) -> ansible.PlaybookOutcome:
     (tmp_path / "inventory.ini").write_text(host_line + "\n")
     playbook = tmp_path / "play.yml"
     playbook.write_text("- name: Preflight\n  hosts: all\n  gather_facts: false\n  tasks:\n"
                         + textwrap.indent(textwrap.dedent(tasks), "    "))
     heard: list[Event] = [] if events is None else events
     return ansible.run_playbook(playbook, fleet_directory=tmp_path, inventory=tmp_path / "inventory.ini",
-                                ssh_config=Path(os.devnull), log=tmp_path / "ansible.log", emit=heard.append)
+                                ssh_config=Path(os.devnull), log=tmp_path / "ansible.log", emit=heard.append,
+                                check=check)
 
 
 def test_a_run_speaks_in_events(tmp_path: Path) -> None:
@@ -49,6 +50,33 @@ def test_a_run_speaks_in_events(tmp_path: Path) -> None:
           ansible.builtin.copy: {{dest: {tmp_path}/out, content: x, mode: "0600"}}
     """)
     assert again.changed == []
+
+
+def test_check_mode_tells_what_would_be_and_does_none_of_it(tmp_path: Path) -> None:
+    """Commands are skipped in check mode, and a plan without them would say that there is nothing to do."""
+    (tmp_path / "there").write_text("old\n")
+    heard: list[Event] = []
+    outcome = run(tmp_path, f"""
+        - name: Write a file.
+          ansible.builtin.copy: {{dest: {tmp_path}/there, content: "new\\n", mode: "0600"}}
+        - name: Run a program.
+          ansible.builtin.command: {{argv: [touch, {tmp_path}/ran]}}
+          changed_when: true
+        - name: Run another, where it is needed.
+          ansible.builtin.command: {{argv: [touch, {tmp_path}/ran]}}
+          changed_when: true
+          when: false
+        - name: Look.
+          ansible.builtin.command: {{argv: ["true"]}}
+          changed_when: false
+          check_mode: false
+    """, events=heard, check=True)
+    assert outcome.changed == [("here", "Write a file."), ("here", "Run a program.")]
+    assert outcome.modules["Write a file."] == "ansible.builtin.copy"
+    (diff,) = [event.detail for event in heard if isinstance(event, TaskResult) and event.task == "Write a file."]
+    assert {"-old", "+new"} <= set(diff)
+    assert (tmp_path / "there").read_text() == "old\n"
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_failing_task_brings_its_last_lines(tmp_path: Path) -> None:

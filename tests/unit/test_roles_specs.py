@@ -104,7 +104,10 @@ def test_preflight_touches_nothing(role: Path) -> None:
 
 
 def test_the_site_asks_every_role_before_the_first_change() -> None:
-    plays = load(resource("playbooks") / "site.yml")
+    site = load(resource("playbooks") / "site.yml")
+    assert site[0]["ansible.builtin.import_playbook"] == "preflight.yml"
+    plays = load(resource("playbooks") / "preflight.yml")
+    assert len(plays) == 1
     assert plays[0]["name"] == "Preflight"
     assert plays[0]["any_errors_fatal"] is True
     asked = {task["ansible.builtin.include_role"]["name"]: task["ansible.builtin.include_role"]["tasks_from"]

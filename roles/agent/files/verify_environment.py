@@ -20,6 +20,8 @@ def verdict(environment: Path, requirements: Path) -> str:
     packages = environment / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
     if not (environment / "bin" / "python3").exists() or not (packages / "pip" / "__main__.py").exists():
         return "environment"
+    if not requirements.is_file():
+        return "package"
     wanted = REQUIREMENT.search(requirements.read_text(encoding="utf-8"))
     if wanted is None:
         return "package"
