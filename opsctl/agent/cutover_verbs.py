@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from opsctl.agent import audit, cutover, drains, job
+from opsctl.agent import audit, cutover, drains, job, locks
 from opsctl.agent.cutover import MIN_SPEED_PERCENT, Order, Tools
 from opsctl.agent.paths import Paths
 from opsctl.agent.settings import read_placement
@@ -73,13 +73,17 @@ def _percent(text: str) -> int:
 
 
 def _cutover(paths: Paths, arguments: Arguments) -> dict[str, Any]:
-    """``joined``: it ran already, for another owner maybe. Its record keeps traffic away, so our drain ends now."""
+    """``joined``: it ran already, for another owner maybe. Its record keeps traffic away, so our drain ends now.
+
+    A run that lost this host to another one begins nothing; what it had begun goes on by itself.
+    """
     order = _order(arguments)
     read_placement(paths, order.instance)
     name, verb = _job(order)
     undo = ["work-undo", order.instance, *_owned(order.owner)]
-    joined = not job.start(paths, name, verb, besides=_besides(order), properties=job.undone_by(
-        undo, cutover.undo_timeout_s(paths, order.instance, order.from_release)))
+    with locks.fenced(paths, order.owner):
+        joined = not job.start(paths, name, verb, besides=_besides(order), properties=job.undone_by(
+            undo, cutover.undo_timeout_s(paths, order.instance, order.from_release)))
     if joined and order.owner and order.owner not in job.last_word(paths, name)["verb"]:
         drains.remove(paths, order.instance, order.owner)
     return {**watch(paths, name, verb, arguments.wait_s), "joined": joined}

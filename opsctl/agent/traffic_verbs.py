@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from opsctl.agent import balancer, drains
+from opsctl.agent import balancer, drains, locks
 from opsctl.agent.audit import operator
 from opsctl.agent.idle import wait_until_idle
 from opsctl.agent.paths import Paths
@@ -64,8 +64,9 @@ def _seconds(text: str) -> float:
 
 def _drain(paths: Paths, arguments: Arguments) -> dict[str, Any]:
     instance = read_placement(paths, arguments.instance).instance
-    changed = drains.put(paths, instance, arguments.owner, arguments.weight, arguments.reason, operator(os.environ),
-                         arguments.for_s)
+    with locks.fenced(paths, arguments.owner):
+        changed = drains.put(paths, instance, arguments.owner, arguments.weight, arguments.reason,
+                             operator(os.environ), arguments.for_s)
     return _drained(paths, instance, changed)
 
 

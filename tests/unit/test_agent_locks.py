@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from machines import Machine
 from release_kit import Keys, make_host, make_keys
+from systemd_kit import Systemd
 
-from opsctl.agent import drains, locks
+from opsctl.agent import cutover, drains, job, locks
 from opsctl.agent.locks import Lock, Now, judge, refusal
 from opsctl.agent.paths import Paths
-from opsctl.errors import LockedError, UsageError
+from opsctl.agent.state import state
+from opsctl.errors import UsageError
 
 
-def holder(token: str = "t1", run: str = "run-1", **more: Any) -> dict[str, Any]:
-    return {"token": token, "run": run, "verb": "update-model", "user": "ann", "machine": "laptop", "machine_id": "m1",
+def holder(whose: str = "t1", run: str = "run-1", **more: Any) -> dict[str, Any]:
+    return {"token": whose, "run": run, "verb": "update-model", "user": "ann", "machine": "laptop", "machine_id": "m1",
             "boot": "controller-boot", "pid": 7, "pid_start": 99, "message": "", **more}
 
 
@@ -192,3 +196,87 @@ def test_a_held_lock_is_an_answer_and_no_error(host: Paths) -> None:
 def test_a_holder_that_is_none_is_usage(host: Paths, stdin: object) -> None:
     code, answer = says(host, "lock-take", "--name", "host", stdin=stdin)
     assert (code, answer["error"]["code"]) == (2, "lock.bad_holder")
+
+
+# Fencing.
+
+FREE = None
+OF_RUN_1 = Lock(holder(), "2026-11-22T03:00:00Z", "boot-1", 1000.0)
+
+
+@pytest.mark.parametrize(("lock", "owner", "now", "refused"), [
+    (FREE, "run:run-1", Now("boot-1", 1000.0), False),  # a person by hand, or a controller of before there were locks
+    (OF_RUN_1, "run:run-1", Now("boot-1", 1000.0), False),
+    (OF_RUN_1, "run:run-2", Now("boot-1", 1060.0), True),
+    (OF_RUN_1, "run:run-2", Now("boot-1", 1060.1), False),
+    (OF_RUN_1, "run:run-2", Now("boot-2", 30.0), True),
+    (OF_RUN_1, "run:run-2", Now("boot-2", 61.0), False),
+    (OF_RUN_1, "operator:bob", Now("boot-1", 1000.0), False),
+    (OF_RUN_1, "guard", Now("boot-1", 1000.0), False),
+    (OF_RUN_1, "", Now("boot-1", 1000.0), False),
+])
+def test_whose_orders_reach_a_host(lock: Lock | None, owner: str, now: Now, refused: bool) -> None:
+    error = refusal(lock, owner, now)
+    assert (error is not None) == refused
+    if error:
+        assert (error.code, int(error.exit_code)) == ("host.locked", 4)
+        assert all(word in error.message for word in ("ann@laptop", "update-model", "run run-1", "run-2"))
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    return make_keys(tmp_path_factory.mktemp("keys"))
+
+
+@pytest.fixture
+def gpu(tmp_path: Path, keys: Keys) -> Paths:
+    return make_host(tmp_path / "gpu", keys)
+
+
+def test_a_run_that_lost_the_host_neither_drains_nor_cuts_over(gpu: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    units = Systemd()
+    for name in ("start", "wait"):
+        monkeypatch.setattr(job, name, partial(getattr(job, name), run=units))
+    monkeypatch.setattr(cutover, "undo_timeout_s", lambda *_: 60.0)
+    order = ["cutover", "chat.0", "--release", f"v2-{'b' * 12}", "--from", f"v1-{'a' * 12}", "--wait-s", "0"]
+    assert says(gpu, "lock-take", "--name", "host", stdin=holder())[1]["taken"]
+    for words in (["drain", "chat.0"], order):
+        code, answer = says(gpu, *words, "--owner", "run:run-2")
+        assert (code, answer["error"]["code"]) == (4, "host.locked")
+        assert "run-1" in answer["error"]["hint"]
+    assert drains.read_drains(gpu, "chat.0") == []
+    assert not units.orders
+    assert says(gpu, "drain", "chat.0", "--owner", "run:run-1")[1]["changed"]
+    assert says(gpu, "drain", "chat.0", "--owner", "operator:bob")[1]["changed"]
+    assert says(gpu, *order, "--owner", "run:run-1")[0] == 0
+    assert says(gpu, "undrain", "chat.0", "--owner", "run:run-2")[0] == 0, "what brings traffic back is never fenced"
+    says(gpu, "lock-drop", "--name", "host", "--token", "t1")
+    assert says(gpu, "drain", "chat.0", "--owner", "run:run-2")[1]["changed"]
+
+
+def test_a_lock_is_not_taken_in_the_middle_of_an_act(gpu: Paths) -> None:
+    taken = threading.Event()
+
+    def rival() -> None:
+        locks.take(gpu, "host", holder("t2", "run-2"))
+        taken.set()
+
+    thread = threading.Thread(target=rival)
+    with locks.fenced(gpu, "run:run-1"):
+        thread.start()
+        assert not taken.wait(0.2)
+    thread.join()
+    assert taken.is_set()
+
+
+def test_an_act_that_fails_inside_the_fence_leaves_it_open(gpu: Paths) -> None:
+    with pytest.raises(ZeroDivisionError), locks.fenced(gpu, "run:run-1"):
+        raise ZeroDivisionError
+    assert locks.take(gpu, "host", holder())["taken"]
+
+
+def test_a_host_says_who_is_at_work_on_it(gpu: Paths) -> None:
+    assert state(gpu, Systemd())["lock"] is None
+    says(gpu, "lock-take", "--name", "host", stdin=holder())
+    found = state(gpu, Systemd())["lock"]
+    assert (found["run"], found["verb"], found["beat_s"]) == ("run-1", "update-model", pytest.approx(0, abs=5))
