@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from opsctl.agent import holds, locks, runs
+from opsctl.agent import busy, holds, locks, runs
 from opsctl.agent.paths import Paths
 from opsctl.agent.verbs import AddVerb, Arguments
 from opsctl.errors import UsageError
@@ -39,6 +39,7 @@ def register(verb: AddVerb) -> None:
     verb("run-show", _show, "gateway: the journal of a run", audited=False).add_argument(
         "--run", required=True, type=_run)
     verb("runs", _runs, "gateway: the runs, newest first", audited=False).add_argument("--limit", type=_count)
+    verb("busy", _busy, "what works here already: dpkg, modules of Ansible's, opsctl's own jobs", audited=False)
 
 
 def _named(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -124,3 +125,7 @@ def _show(paths: Paths, arguments: Arguments) -> dict[str, Any]:
 
 def _runs(paths: Paths, arguments: Arguments) -> dict[str, Any]:
     return {"runs": runs.all_runs(paths, arguments.limit)}
+
+
+def _busy(paths: Paths, _: Arguments) -> dict[str, Any]:
+    return {"busy": busy.busy(paths)}
