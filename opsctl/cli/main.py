@@ -12,6 +12,7 @@ from opsctl.cli import (
     history,
     init,
     lab,
+    logs,
     model,
     provision,
     rollback,
@@ -57,6 +58,7 @@ app.command("drain")(drain.drain)
 app.command("undrain")(undrain.undrain)
 app.command("history")(history.history)
 app.command("gc")(gc.gc)
+app.command("logs")(logs.logs)
 app.add_typer(model.app, name="model")
 app.add_typer(bundle.app, name="bundle")
 app.add_typer(lab.app, name="lab")
