@@ -8,12 +8,14 @@ import opsctl
 from opsctl.cli import (
     bundle,
     drain,
+    execute,
     gc,
     history,
     init,
     lab,
     logs,
     model,
+    plan,
     provision,
     rollback,
     stage,
@@ -49,6 +51,7 @@ def _options(
 
 app.command("init")(init.init)
 app.command("trust")(trust.trust)
+app.command("plan")(plan.plan)
 app.command("provision")(provision.provision)
 app.command("status")(status.status)
 app.command("stage")(stage.stage)
@@ -59,6 +62,7 @@ app.command("undrain")(undrain.undrain)
 app.command("history")(history.history)
 app.command("gc")(gc.gc)
 app.command("logs")(logs.logs)
+app.command("exec")(execute.execute)
 app.add_typer(model.app, name="model")
 app.add_typer(bundle.app, name="bundle")
 app.add_typer(lab.app, name="lab")
