@@ -1,0 +1,82 @@
+"""Waits for what an earlier controller left on hosts: a module of Ansible's that runs on without it, a busy dpkg.
+
+A killed controller's connection breaks, and what it had begun there ends when it ends. Nobody kills it: half an
+installation is worse than a late one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from typing import Any
+
+from opsctl.engines.events import Emit, Note, Progress
+from opsctl.errors import OpsctlError, PausedError
+from opsctl.releases.remote import ask
+from opsctl.runs.locking import NO_AGENT, Locks, Place
+
+PATIENCE_S = 600.0
+LOOK_EVERY_S = 2.0
+TIMEOUT_S = 15.0
+MODULES = ["pgrep", "-af", "[A]nsiballZ_"]  # the brackets: pgrep must not find itself, nor the sudo before it
+
+Clock = Callable[[], float]
+
+
+def wait_until_idle(locks: Locks, kinds: Collection[str], emit: Emit, check: Callable[[], None],
+                    clock: Clock = time.monotonic, pause: Callable[[float], object] = time.sleep) -> None:
+    """Until nothing of ``kinds`` (``dpkg``, ``ansible``) runs on any host that is locked.
+
+    Raises:
+        PausedError: ``host.busy``: after ten minutes something still does.
+    """
+    began = clock()
+    told: set[str] = set()
+    while found := look(locks, kinds):
+        waited = clock() - began
+        for name, what in found.items():
+            if name not in told:
+                told.add(name)
+                emit(Note(f"busy, waiting for it to end: {_words(what)}", "warning", name))
+            emit(Progress("waiting for what runs there", int(waited), 0, "seconds", host=name))
+        if waited > PATIENCE_S:
+            name, what = next(iter(found.items()))
+            raise PausedError("host.busy", f"{name} has been busy for {waited / 60:.0f} minutes: {_words(what)}; "
+                              "nothing was done there.", hint="look at it there, then the same command again; "
+                              f"--limit '!{name}' goes on without")
+        pause(LOOK_EVERY_S)
+        check()
+
+
+def look(locks: Locks, kinds: Collection[str]) -> dict[str, dict[str, Any]]:
+    """By host, the first thing that keeps it busy. A host that does not answer is not waited for."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def one(place: Place) -> None:
+        try:
+            busy = ask(place.session, ["busy"], host=place.host.name, timeout_s=TIMEOUT_S)["busy"]
+        except OpsctlError as error:
+            if error.code != NO_AGENT:
+                return
+            busy = _without_agent(place)
+        wanted = [what for what in busy if what["what"] in kinds]
+        if wanted:
+            found[place.host.name] = wanted[0]
+
+    locks.on_hosts(one)
+    return found
+
+
+def _without_agent(place: Place) -> list[dict[str, Any]]:
+    try:
+        seen = place.session.run(MODULES, timeout_s=TIMEOUT_S)
+    except OpsctlError:
+        return []
+    return [{"what": "ansible", "pid": int(line.split()[0]), "unit": "", "command": line.partition(" ")[2]}
+            for line in seen.stdout.splitlines() if line[:1].isdigit()]
+
+
+def _words(what: dict[str, Any]) -> str:
+    kinds = {"dpkg": "packages are being installed", "ansible": "a task of an earlier provision"}
+    pid = f" (process {what['pid']})" if what.get("pid") else ""
+    return f"{kinds.get(what['what'], what['what'])}{pid}"

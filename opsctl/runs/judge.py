@@ -1,0 +1,154 @@
+"""Who may go on, and with which run. Pure: no I/O, no clock; processes and heartbeats are passed in.
+
+A lock is honoured as long as its holder's heart beats. The one exception is a process of our own, on this machine, that
+is gone: nobody has to wait a minute for oneself. Runs that did not end are continued by the same command and stand in
+the way of every other one on their hosts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from opsctl.errors import ExitCode, LockedError
+from opsctl.runs.identity import Holder, holder_of
+
+STALE_S = 60.0
+UNFINISHED = (int(ExitCode.PAUSED), int(ExitCode.INTERRUPTED))
+RESUMABLE = (*UNFINISHED, int(ExitCode.MIXED), int(ExitCode.UNEXPECTED))
+STAGE, UPDATE, ROLLBACK = "stage", "update-model", "rollback"
+
+
+class Verdict(StrEnum):
+    """``gone``: our own process of this machine, which lives no more; it may be taken over at once."""
+
+    FREE = "free"
+    MINE = "mine"
+    GONE = "gone"
+    STALE = "stale"
+    HELD = "held"
+
+
+def lock(holder: Holder | None, me: Holder, *, lives: bool, beat_s: float) -> Verdict:
+    """May ``me`` take a lock? ``lives``: what ``identity.alive`` says of its holder; ``beat_s``: since its beat."""
+    if holder is None:
+        return Verdict.FREE
+    if holder.token == me.token:
+        return Verdict.MINE
+    same_place = bool(me.machine_id) and (holder.user, holder.machine_id) == (me.user, me.machine_id)
+    if same_place and (holder.boot != me.boot or not lives):
+        return Verdict.GONE
+    return Verdict.STALE if beat_s > STALE_S else Verdict.HELD
+
+
+@dataclass(frozen=True)
+class Known:
+    """A run of the gateway's journal. ``exit_code``: None until it has ended; ``closed``: why it is over for good.
+
+    ``began`` is in seconds since 1970; ``holder`` is the process that began it.
+    """
+
+    run: str
+    verb: str = ""
+    intent: Mapping[str, Any] = field(default_factory=dict)
+    argv: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    service: str = ""
+    by: str = ""
+    began: float = 0.0
+    exit_code: int | None = None
+    code: str = ""
+    closed: str = ""
+    lines: int = 0
+    holder: Holder | None = None
+
+    @property
+    def unfinished(self) -> bool:
+        """Somebody was at it and it did not come to an end."""
+        return not self.closed and (self.exit_code is None or self.exit_code in UNFINISHED)
+
+    @property
+    def resumable(self) -> bool:
+        """``opsctl resume`` may take it up; a failure that left a mixed fleet too, though it stands in nobody's way."""
+        return not self.closed and (self.exit_code is None or self.exit_code in RESUMABLE)
+
+
+def known(document: Mapping[str, Any]) -> tuple[Known, ...]:
+    """The runs of a gateway's ``runs`` document, newest first."""
+    return tuple(_known(one) for one in document["runs"])
+
+
+@dataclass(frozen=True)
+class Continue:
+    """The same was wanted before and did not end: go on under its name."""
+
+    run: Known
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """Another run did not end on a host of ours."""
+
+    run: Known
+
+
+@dataclass(frozen=True)
+class Begin:
+    """A new run. ``closes``: unfinished ones that it takes back, or the same stages that were cut off."""
+
+    closes: tuple[Known, ...] = ()
+
+
+Decision = Continue | Blocked | Begin
+
+
+def decide(runs: Sequence[Known], intent: Mapping[str, Any], hosts: Collection[str], *, wanted: str = "",
+           gone: Collection[str] = ()) -> Decision:
+    """What becomes of a command that wants ``intent`` on ``hosts``.
+
+    ``wanted``: the run that ``opsctl resume`` names. ``gone``: runs that were begun by a process of our own that is no
+    more.
+    """
+    for run in runs:
+        if run.run == wanted and run.resumable:
+            return Continue(run)
+    verb = intent["verb"]
+    open_runs = [run for run in runs if run.unfinished]
+    same = [run for run in open_runs if run.intent == intent]
+    if verb == STAGE:  # it has no lock: the same one may be at work still, and hosts go on with it in any case
+        return Begin(tuple(run for run in same if run.run in gone))
+    if same:
+        return Continue(same[0])
+    closes = []
+    for run in open_runs:
+        if run.verb == STAGE:
+            continue
+        if verb == ROLLBACK and run.verb in (UPDATE, ROLLBACK) and run.service == intent["service"]:
+            closes.append(run)
+        elif set(run.hosts) & set(hosts):
+            return Blocked(run)
+    return Begin(tuple(closes))
+
+
+def blocked(run: Known, since: str) -> LockedError:
+    """The error for a run in the way; ``since``: in words."""
+    how = "did not end" if run.exit_code is None else f"ended with exit code {run.exit_code}"
+    what = f"{run.verb} of {run.service}" if run.service else run.verb
+    return LockedError("run.unfinished", f"{what} by {run.by}, begun {since}, {how} on "
+                       f"{', '.join(run.hosts[:5])}{' and others' if len(run.hosts) > 5 else ''} (run {run.run}).",
+                       hint=f"opsctl resume {run.run} ends it; opsctl lock break {run.run} gives it up")
+
+
+def _known(document: Mapping[str, Any]) -> Known:
+    began, ended, closed = (document.get(name) or {} for name in ("began", "ended", "closed"))
+    holder = began.get("holder")
+    intent = began.get("intent")
+    return Known(
+        str(document["run"]), str(began.get("verb", "")), intent if isinstance(intent, dict) else {},
+        tuple(map(str, began.get("argv", ()))), tuple(map(str, began.get("hosts", ()))),
+        str(began.get("service") or ""), str(began.get("by", "")), float(began.get("t") or 0),
+        int(ended["exit_code"]) if "exit_code" in ended else None, str(ended.get("code") or ""),
+        str(closed.get("why") or closed.get("by") or "") if closed else "", int(document.get("lines") or 0),
+        holder_of(holder) if isinstance(holder, dict) else None)

@@ -1,0 +1,319 @@
+"""The locks of a run: one for each service on the gateway, one on every touched host; kept alive by a heartbeat.
+
+``take`` is all or nothing. The services' locks come first, one after the other, and settle most races; then the host
+that is first by name, then the others at once. ``check`` is called before each act and raises when one of them is not
+ours any more. A host that does not answer has no lock; what is ordered there fails by itself, and it is tried again
+with each heartbeat.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from opsctl.engines.events import Emit, Note
+from opsctl.engines.session import Session
+from opsctl.errors import LockedError, OpsctlError, RefusedError
+from opsctl.fleet.model import Fleet, Host
+from opsctl.fleet.placements import gateway as gateway_of
+from opsctl.releases.books import SILENT
+from opsctl.releases.remote import ask, unreachable
+from opsctl.runs import bare, judge
+from opsctl.runs.identity import Holder, alive, holder_of
+from opsctl.runs.judge import Verdict
+
+HOST = "host"
+BEAT_EVERY_S = 15.0
+OLD_S = 20.0  # a heartbeat older than this is renewed before the next act
+TIMEOUT_S = 15.0
+FAREWELL_S = 4.0
+WORKERS = 32
+LOST = "lock.lost"
+NO_AGENT = "host.no_answer"
+PROCESS_GONE, NO_BEAT = "that process is gone", "no heartbeat for a minute"
+
+How = Literal["none", "agent", "bare"]
+
+
+@dataclass
+class Place:
+    """One lock. ``how``: by the agent, by a folder where there is none yet, or not held: nobody answers there."""
+
+    host: Host
+    name: str
+    session: Session
+    how: How = "none"
+    tried_s: float = 0.0  # of the boot clock of this machine
+    quiet: bool = False
+    only_one: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def words(self) -> str:
+        """``gpu-1``, ``service chat``."""
+        return self.host.name if self.name == HOST else self.name.replace("-", " ", 1)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What came of trying. ``holder``: who has it when we have not; ``before``: whom it was taken from, and ``why``."""
+
+    holder: dict[str, Any] | None = None
+    before: dict[str, Any] | None = None
+    why: str = ""
+
+
+def boot_clock() -> float:
+    """Seconds; goes on while this machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Locks:
+    """The locks of one run. ``allow_bare``: a host without an agent is locked by a folder.
+
+    ``gateway_optional``: go on with the hosts' locks alone when the gateway does not answer, and say so.
+    """
+
+    def __init__(self, fleet: Fleet, hosts: Sequence[Host], services: Sequence[str], holder: Holder, emit: Emit, *,
+                 allow_bare: bool = False, gateway_optional: bool = False,
+                 clock: Callable[[], float] = boot_clock) -> None:
+        gateway = gateway_of(fleet)
+        self.holder = holder
+        self._emit = emit
+        self._services = [Place(gateway, f"service-{name}", Session(fleet, gateway)) for name in sorted(services)]
+        self._hosts = [Place(host, HOST, Session(fleet, host)) for host in sorted(hosts, key=lambda host: host.name)]
+        self._allow_bare = allow_bare
+        self._gateway_optional = gateway_optional
+        self.meanwhile: Callable[[], None] = lambda: None  # called after each beat
+        self._clock = clock
+        self._lost: LockedError | None = None
+        self._done = threading.Event()
+        self._beats: threading.Thread | None = None
+        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="lock")
+
+    @property
+    def places(self) -> list[Place]:
+        return [*self._services, *self._hosts]
+
+    def take(self) -> None:
+        """Takes all of them, or none, and begins the heartbeat.
+
+        Raises:
+            LockedError: ``lock.held``: somebody has one of them.
+            RefusedError: the gateway does not answer.
+        """
+        try:
+            self._take_all()
+        except BaseException:
+            self.drop()
+            raise
+        self._beats = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
+        self._beats.start()
+
+    def rename(self, run: str) -> None:
+        """The locks of this process are those of ``run`` from now on: an unfinished run that is continued."""
+        self.holder = replace(self.holder, run=run)
+        self._each(self.places, self._take)
+
+    def check(self) -> None:
+        """Before an act: all of them are ours still, as of 20 s ago at the most.
+
+        Raises:
+            LockedError: ``lock.lost``: one is not; nothing more may be done.
+        """
+        old = [place for place in self.places if self._clock() - place.tried_s > OLD_S]
+        if old and self._lost is None:
+            self._each(old, self._beat)
+        if self._lost is not None:
+            raise self._lost
+
+    def on_hosts(self, function: Callable[[Place], None]) -> None:
+        """Calls a function for each host that answers, on its open connection."""
+        def call(place: Place) -> None:
+            with place.only_one:
+                function(place)
+        self._each([place for place in self._hosts if place.how != "none"], call)
+
+    def drop(self) -> None:
+        """Gives back what is ours. Best effort, bounded: what stays is stale in a minute, or known to be ours."""
+        if self._done.is_set():
+            return
+        self._done.set()
+        wait([self._pool.submit(self._drop, place) for place in self.places if place.how != "none"],
+             timeout=FAREWELL_S * 2)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for place in self.places:
+            place.session.close()
+
+    def _take_all(self) -> None:
+        taken: list[tuple[Place, Taken]] = []
+        for batch in ([[place] for place in self._services] + [self._hosts[:1], self._hosts[1:]]):
+            found = list(zip(batch, self._each(batch, self._take), strict=True))
+            held = [(place, one.holder) for place, one in found if one.holder is not None]
+            taken += found
+            if held:
+                raise _held([place for place, holder in held if holder == held[0][1]] or [held[0][0]], held[0][1])
+        self._tell(taken)
+
+    def _tell(self, taken: Sequence[tuple[Place, Taken]]) -> None:
+        from_whom: dict[tuple[str, str], list[str]] = {}
+        for place, one in taken:
+            if one.before is not None and one.why:
+                before = holder_of(one.before)
+                what = f"{before.who} ({before.verb}, run {before.run}): {one.why}"
+                from_whom.setdefault((before.token, what), []).append(place.words)
+        for (_, what), places in from_whom.items():
+            self._emit(Note(f"took over the lock of {', '.join(places)} from {what}", "warning"))
+
+    def _take(self, place: Place) -> Taken:
+        """Tries one lock; a host that does not answer is no reason to stop, the gateway is."""
+        with place.only_one:
+            place.tried_s = self._clock()
+            try:
+                return self._try(place)
+            except OpsctlError as error:
+                if place.name != HOST and not isinstance(error, LockedError):
+                    self._without_gateway(place, error)
+                return Taken()
+
+    def _try(self, place: Place) -> Taken:
+        try:
+            taken = self._try_agent(place)
+            if place.how == "bare" and taken.holder is None:  # the agent has come meanwhile
+                bare.drop(place.session, self.holder.token)
+            place.how = "agent" if taken.holder is None else place.how
+            return taken
+        except OpsctlError as error:
+            if error.code != NO_AGENT or not self._allow_bare or place.name != HOST:
+                raise
+        return self._try_bare(place)
+
+    def _try_agent(self, place: Place) -> Taken:
+        verb = ["lock-take", "--name", place.name]
+        stdin = json.dumps(self.holder.as_document()).encode()
+        answer = ask(place.session, verb, host=place.host.name, stdin=stdin, timeout_s=TIMEOUT_S)
+        if answer["taken"]:
+            why = {"stale": NO_BEAT, "reboot": "no heartbeat since that host booted"}
+            return Taken(before=answer.get("before"), why=why.get(answer["how"], ""))
+        holder = answer["holder"]
+        if self._verdict(holder) is not Verdict.GONE:
+            return Taken(holder)
+        answer = ask(place.session, [*verb, "--over", holder["run"]], host=place.host.name, stdin=stdin,
+                     timeout_s=TIMEOUT_S)
+        return Taken(before=holder, why=PROCESS_GONE) if answer["taken"] else Taken(answer["holder"])
+
+    def _try_bare(self, place: Place) -> Taken:
+        owner = bare.owner(place.session)
+        if owner is None and bare.take(place.session, self.holder):
+            place.how = "bare"
+            return Taken()
+        owner = owner or bare.owner(place.session) or bare.Owner({"verb": "provision", "user": "somebody"}, 0.0)
+        told = {**owner.holder, "beat_s": owner.beat_s, "since": ""}
+        verdict = self._verdict(told)
+        if verdict is Verdict.MINE:
+            place.how = "bare"
+            bare.renew(place.session, self.holder)
+            return Taken()
+        if verdict is Verdict.HELD or not bare.take(place.session, self.holder, over=owner):
+            return Taken(told)
+        place.how = "bare"
+        return Taken(before=told, why=PROCESS_GONE if verdict is Verdict.GONE else NO_BEAT)
+
+    def _verdict(self, document: dict[str, Any]) -> Verdict:
+        holder = holder_of(document)
+        return judge.lock(holder, self.holder, lives=alive(holder), beat_s=float(document.get("beat_s") or 0))
+
+    def _without_gateway(self, place: Place, error: OpsctlError) -> None:
+        if error.code == NO_AGENT and self._allow_bare:  # the first provision: the hosts' own locks do
+            return
+        if error.code not in SILENT:
+            raise error
+        if not self._gateway_optional:
+            if error.code == "host.unreachable":
+                raise unreachable({place.host.name: error})
+            raise RefusedError(error.code, error.message, hint=error.hint, log_tail=error.log_tail)
+        if not place.quiet:
+            place.quiet = True
+            self._emit(Note(f"the gateway does not answer: {place.words} is not locked there, its hosts are", "warning",
+                            place.host.name))
+
+    def _beat_on(self) -> None:
+        while not self._done.wait(BEAT_EVERY_S) and self._lost is None:
+            try:
+                self._each(self.places, self._beat)
+                self.meanwhile()
+            except (OpsctlError, RuntimeError):  # told at the next check; the pool is closed when the run has ended
+                continue
+
+    def _beat(self, place: Place) -> None:
+        """Renews one lock; one that could not be taken before is tried again."""
+        if self._done.is_set():
+            return
+        with place.only_one:
+            place.tried_s = self._clock()
+            try:
+                if place.how == "agent":
+                    answer = ask(place.session, ["lock-renew", "--name", place.name, "--token", self.holder.token],
+                                 host=place.host.name, timeout_s=TIMEOUT_S)
+                    if not answer["held"]:
+                        self._lose(place, answer["holder"])
+                else:
+                    self._try_again(place)
+                place.quiet = False
+            except OpsctlError as error:
+                if place.how != "none" and not place.quiet:
+                    place.quiet = True
+                    self._emit(Note(f"does not answer the heartbeat of its lock: {error.message}", "warning",
+                                    place.host.name))
+
+    def _try_again(self, place: Place) -> None:
+        if place.how == "bare":
+            owner = bare.renew(place.session, self.holder)
+            if owner is None or owner.holder.get("token") != self.holder.token:
+                self._lose(place, {**owner.holder, "beat_s": owner.beat_s} if owner else None)
+                return
+        taken = self._try(place)
+        if taken.holder is not None and place.how == "bare":
+            self._lose(place, taken.holder)
+
+    def _lose(self, place: Place, document: dict[str, Any] | None) -> None:
+        place.how = "none"
+        if self._lost is not None:
+            return
+        by = f"taken by {_holder_words(document)}" if document else "broken by somebody"
+        self._lost = LockedError(LOST, f"the lock of {place.words} is not ours any more: {by}; nothing more is done.",
+                                 hint="opsctl lock status and opsctl runs show who is at work")
+
+    def _drop(self, place: Place) -> None:
+        with place.only_one:
+            if place.how == "bare":
+                bare.drop(place.session, self.holder.token)
+            elif place.how == "agent":
+                ask(place.session, ["lock-drop", "--name", place.name, "--token", self.holder.token],
+                    host=place.host.name, timeout_s=FAREWELL_S)
+            place.how = "none"
+
+    def _each(self, places: Sequence[Place], function: Callable[[Place], Any]) -> list[Any]:
+        if len(places) == 1:
+            return [function(places[0])]
+        return list(self._pool.map(function, places))
+
+
+def _held(places: Sequence[Place], document: dict[str, Any]) -> LockedError:
+    holder = holder_of(document)
+    where = ", ".join(place.words for place in places)
+    return LockedError("lock.held", f"{where}: locked by {_holder_words(document)}.",
+                       hint="wait until it has ended" + (f"; if it never will: opsctl lock break {holder.run}"
+                                                         if holder.run else ""))
+
+
+def _holder_words(document: dict[str, Any]) -> str:
+    """``ann@laptop for update-model (run 2026..., since 2026-...; last heartbeat 3 s ago)``."""
+    holder = holder_of(document)
+    facts = [f"run {holder.run}" if holder.run else "", f"since {document['since']}" if document.get("since") else ""]
+    beat = f"last heartbeat {float(document.get('beat_s') or 0):.0f} s ago"
+    return f"{holder.who} for {holder.verb} ({', '.join(fact for fact in facts if fact)}; {beat})"

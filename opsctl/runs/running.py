@@ -1,0 +1,261 @@
+"""``running`` is around everything that a verb does to hosts: holds, locks, continue or not, journal, and how it ended.
+
+>>> with running(Task(fleet, "update-model", hosts, intent, services=("chat",)), speaker.emit) as work:
+...     update_model(request, work.run, work.emit)
+
+A run that is continued keeps its name: its drains and cutovers are owned by ``run:NAME`` and are found again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from opsctl.engines.events import Emit, Event, Note, PhaseStarted, Progress, RunStarted, TaskStarted, as_document
+from opsctl.engines.session import Session
+from opsctl.errors import ExitCode, LockedError, OpsctlError
+from opsctl.fleet.model import Fleet, Host
+from opsctl.fleet.placements import gateway as gateway_of
+from opsctl.releases.books import SILENT
+from opsctl.releases.remote import ask
+from opsctl.runs import busy, holding, judge
+from opsctl.runs.holding import Hold
+from opsctl.runs.identity import Holder, alive, me
+from opsctl.runs.journal import Journal, Run, make_directory, new_name
+from opsctl.runs.judge import Begin, Blocked, Continue, Known, Verdict
+from opsctl.runs.locking import LOST, Locks
+
+WAITS_FOR: Mapping[str, tuple[str, ...]] = {"provision": ("dpkg", "ansible")}  # others: a task of Ansible's alone
+PROVISION, ROLLBACK, STAGE = "provision", judge.ROLLBACK, judge.STAGE
+DIVERGED = "run.diverged"
+
+
+class Declined(KeyboardInterrupt):
+    """The operator looked at the plan and said no: nothing was done, nothing is to be resumed."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be run. ``intent``: what makes a command the same, with its ``verb``; ``argv``: how to type it again.
+
+    ``hosts`` are those that will be touched, ``services`` those whose locks are taken, ``limit`` the operator's
+    pattern. ``wanted`` is the run to continue, when ``opsctl resume`` says it.
+    """
+
+    fleet: Fleet
+    hosts: tuple[Host, ...]
+    intent: Mapping[str, Any]
+    services: tuple[str, ...] = ()
+    argv: tuple[str, ...] = ()
+    limit: str = ""
+    wanted: str = ""
+
+    @property
+    def verb(self) -> str:
+        return str(self.intent["verb"])
+
+
+@dataclass(frozen=True)
+class Work:
+    """A run that may begin: ``hosts`` without those on hold."""
+
+    run: Run
+    emit: Emit
+    hosts: tuple[Host, ...]
+    held: Mapping[str, Hold]
+
+
+@contextmanager
+def running(task: Task, listener: Emit) -> Iterator[Work]:
+    """Holds, locks, journal; yields what a verb works with, and writes down how that ended.
+
+    Raises:
+        LockedError: ``host.on_hold``, ``lock.held``, ``run.unfinished``.
+        RefusedError: the gateway does not answer.
+        PausedError: ``host.busy``.
+    """
+    emit = _Emit(listener)
+    hosts, held = holding.leave_out(task.hosts, holding.read(task.fleet, task.hosts), task.limit)
+    name = new_name()
+    holder = me(name, task.verb)
+    locks = _locks(task, hosts, holder, emit)
+    locks.take()
+    try:
+        runs = read_runs(task.fleet, optional=task.verb in (PROVISION, ROLLBACK, STAGE))
+        decision = judge.decide(runs, task.intent, {host.name for host in hosts}, wanted=task.wanted,
+                                gone=_gone(runs, holder))
+        if isinstance(decision, Blocked):
+            raise judge.blocked(decision.run, utc(decision.run.began))
+        if isinstance(decision, Continue):
+            name = decision.run.run
+            locks.rename(name)
+        with _journal(task, hosts, name, decision, holder, locks, emit) as run:
+            holding.show(held, emit)
+            busy.wait_until_idle(locks, WAITS_FOR.get(task.verb, ("ansible",)), emit, run.check)
+            yield Work(run, emit, hosts, held)
+    finally:
+        locks.drop()
+
+
+def read_runs(fleet: Fleet, *, optional: bool = False, limit: int = 0) -> tuple[Known, ...]:
+    """The gateway's runs, newest first. ``optional``: none, when it does not answer or has no agent.
+
+    Raises:
+        OpsctlError: what the gateway says.
+    """
+    gateway = gateway_of(fleet)
+    try:
+        with Session(fleet, gateway) as session:
+            return judge.known(ask(session, ["runs", *(["--limit", str(limit)] if limit else [])], host=gateway.name))
+    except OpsctlError as error:
+        if optional and error.code in SILENT:
+            return ()
+        raise
+
+
+def close_run(fleet: Fleet, run: Known, why: str, by: str) -> None:
+    """Nobody is to resume it any more.
+
+    Raises:
+        LockedError: ``run.diverged``: somebody wrote to it meanwhile.
+        OpsctlError: the gateway does not answer.
+    """
+    gateway = gateway_of(fleet)
+    line = Journal.line({"event": "RunClosed", "by": by, "why": why})
+    with Session(fleet, gateway) as session:
+        ask(session, ["run-append", "--run", run.run, "--from", str(run.lines)], host=gateway.name, stdin=line.encode())
+
+
+def utc(seconds: float) -> str:
+    """``2026-11-22 03:15 UTC``."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
+@contextmanager
+def _journal(task: Task, hosts: Sequence[Host], name: str, decision: Begin | Continue, holder: Holder, locks: Locks,
+             emit: _Emit) -> Iterator[Run]:
+    """The run with its journal begun; its last line says how it ended, whatever happens."""
+    journal = Journal(task.fleet, name, emit, decision.run.lines if isinstance(decision, Continue) else 0)
+    closer = _Closer(task.fleet, decision, holder, name, emit)
+
+    def about_to() -> None:
+        locks.check()
+        journal.sync()
+        closer.close()
+
+    run = Run(name, make_directory(task.fleet.directory, name), locks.check, about_to)
+    locks.meanwhile = lambda: _gather(journal)
+    code, word = int(ExitCode.UNEXPECTED), ""
+    try:
+        journal.write(_first_line(task, hosts, name, decision, holder))
+        journal.sync(at_once=True)
+        emit.keep(journal, about_to)
+        emit(RunStarted(task.verb, name, tuple(host.name for host in hosts)))
+        if isinstance(decision, Continue):
+            emit(Note(f"continues run {name} of {decision.run.by}, begun {utc(decision.run.began)}"))
+        yield run
+        code = int(ExitCode.DONE)
+    except OpsctlError as error:
+        code, word = int(error.exit_code), error.code
+        raise
+    except Declined:
+        code, word = int(ExitCode.REFUSED), "declined"
+        raise
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        code, word = int(ExitCode.INTERRUPTED), "interrupted"
+        raise
+    finally:
+        emit.keep(None, None)
+        _end(journal, code, word, holder)
+
+
+def _end(journal: Journal, code: int, word: str, holder: Holder) -> None:
+    """The last line. One who lost the lock writes it here only: on the gateway the run may be somebody else's now."""
+    try:
+        journal.write({"event": "RunEnded", "exit_code": code, "code": word, "by": holder.who})
+        if word not in (LOST, DIVERGED):
+            journal.sync(at_once=True)
+    except LockedError:  # somebody closed it: that is said there already
+        return
+    finally:
+        journal.close()
+
+
+def _gather(journal: Journal) -> None:
+    try:
+        journal.sync()
+    except LockedError:  # the next act hears it
+        return
+
+
+def _first_line(task: Task, hosts: Sequence[Host], name: str, decision: Begin | Continue, holder: Holder
+                ) -> dict[str, Any]:
+    who = {key: value for key, value in holder.as_document().items() if key != "token"}
+    names = [host.name for host in hosts]
+    about = {"run": name, "verb": task.verb, "argv": list(task.argv), "hosts": names, "by": holder.who, "holder": who}
+    if isinstance(decision, Continue):
+        return {"event": "RunContinued", **about}
+    return {"event": "RunBegan", **about, "intent": dict(task.intent), "service": str(task.intent.get("service", ""))}
+
+
+def _locks(task: Task, hosts: Sequence[Host], holder: Holder, emit: Emit) -> Locks:
+    """A stage needs none: it changes nothing that serves, and the hosts know which one they are at."""
+    staging = task.verb == STAGE
+    return Locks(task.fleet, () if staging else hosts, () if staging else task.services, holder, emit,
+                 allow_bare=task.verb == PROVISION, gateway_optional=task.verb == ROLLBACK)
+
+
+def _gone(runs: Sequence[Known], mine: Holder) -> set[str]:
+    """Runs that were begun here by a process that is no more."""
+    return {run.run for run in runs if run.holder is not None and run.exit_code is None and judge.lock(
+        run.holder, mine, lives=alive(run.holder), beat_s=0) is Verdict.GONE}
+
+
+class _Closer:
+    """Closes the runs that this one takes back, when it is about to act and not before: it may be refused yet."""
+
+    def __init__(self, fleet: Fleet, decision: Begin | Continue, holder: Holder, run: str, emit: Emit) -> None:
+        self._fleet = fleet
+        self._runs = decision.closes if isinstance(decision, Begin) else ()
+        self._why = f"{'done again' if holder.verb == STAGE else 'taken back'} by {run}"
+        self._by = holder.who
+        self._emit = emit
+
+    def close(self) -> None:
+        runs, self._runs = self._runs, ()
+        for run in runs:
+            try:
+                close_run(self._fleet, run, self._why, self._by)
+                self._emit(Note(f"run {run.run} ({run.verb} by {run.by}) is closed: {self._why}"))
+            except OpsctlError as error:
+                self._emit(Note(f"run {run.run} could not be closed: {error.message}", "warning"))
+
+
+class _Emit:
+    """Writes the journal before the listener hears of an event; a phase does not begin before the gateway has it.
+
+    What only moves a progress bar (``Progress``, ``TaskStarted``) is heard but not kept.
+    """
+
+    def __init__(self, listener: Emit) -> None:
+        self._listener = listener
+        self._journal: Journal | None = None
+        self._about_to: Any = None
+        self._one = threading.RLock()
+
+    def keep(self, journal: Journal | None, about_to: Any) -> None:
+        with self._one:
+            self._journal, self._about_to = journal, about_to
+
+    def __call__(self, event: Event) -> None:
+        with self._one:
+            if self._journal is not None and not isinstance(event, Progress | TaskStarted):
+                self._journal.write(as_document(event))
+            self._listener(event)
+            about_to = self._about_to
+        if isinstance(event, PhaseStarted) and about_to is not None:
+            about_to()

@@ -1,0 +1,305 @@
+"""Locks of a run, with hosts whose opsctl-host is the real one: taken, kept, lost, taken over, given back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from runs_kit import RunsHost, holder, make_fleet, make_hosts
+
+from opsctl.agent import locks as host_locks
+from opsctl.engines.events import Event, Note, discard
+from opsctl.errors import ExitCode, LockedError, OpsctlError, RefusedError
+from opsctl.fleet.model import Fleet
+from opsctl.runs import bare, identity
+from opsctl.runs.identity import Holder
+from opsctl.runs.locking import Locks
+
+HOSTS = ("gpu-1", "gpu-2", "gpu-3")
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    return make_fleet(tmp_path)
+
+
+@pytest.fixture
+def hosts(fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, RunsHost]:
+    return make_hosts(fleet, tmp_path, monkeypatch)
+
+
+class Clock:
+    now_s = 500.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def locks(fleet: Fleet, who: Holder, names: tuple[str, ...] = HOSTS, **more: object) -> Locks:
+    emit = more.pop("emit", discard)
+    return Locks(fleet, [fleet.host(name) for name in names], ["chat"], who, emit, **more)  # type: ignore[arg-type]
+
+
+def held(host: RunsHost) -> dict[str, str]:
+    """Lock -> run."""
+    return {one["name"]: one["holder"]["run"] for one in host_locks.all_locks(host.paths)}
+
+
+def said(seen: list[Event]) -> str:
+    return "\n".join(event.message for event in seen if isinstance(event, Note))
+
+
+def test_all_are_taken_and_given_back(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    mine = locks(fleet, holder())
+    mine.take()
+    assert held(hosts["ops-1"]) == {"service-chat": "R1"}
+    assert [held(hosts[name]) for name in HOSTS] == [{"host": "R1"}] * 3
+    mine.check()
+    mine.drop()
+    assert [held(host) for host in hosts.values()] == [{}] * 4
+
+
+def test_one_that_is_held_gives_back_the_others(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    bobs = locks(fleet, holder("bob", "R0"), ("gpu-2",))
+    bobs._services.clear()
+    bobs.take()
+    hosts["gpu-2"].clock_s += 12
+    with pytest.raises(LockedError) as refused:
+        locks(fleet, holder()).take()
+    error = refused.value
+    assert (error.code, error.exit_code) == ("lock.held", ExitCode.LOCKED)
+    assert error.message.startswith("gpu-2: locked by bob@bobs-laptop for update-model (run R0, since 2")
+    assert "last heartbeat 12 s ago" in error.message
+    assert "opsctl lock break R0" in error.hint
+    assert "wait" in error.hint
+    assert [held(hosts[name]) for name in ("ops-1", *HOSTS)] == [{}, {}, {"host": "R0"}, {}]
+    bobs.drop()
+
+
+def test_the_services_lock_is_asked_first(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    bobs = locks(fleet, holder("bob", "R0"))
+    bobs.take()
+    for host in hosts.values():
+        host.verbs.clear()
+    with pytest.raises(LockedError, match="service chat: locked by bob"):
+        locks(fleet, holder()).take()
+    assert [hosts[name].verbs for name in HOSTS] == [[], [], []]
+    bobs.drop()
+
+
+def test_who_is_silent_for_a_minute_is_taken_over_and_that_is_said(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    bobs = locks(fleet, holder("bob", "R0"))
+    bobs.take()
+    seen: list[Event] = []
+    for host in hosts.values():
+        host.clock_s += 61
+    mine = locks(fleet, holder(), emit=seen.append)
+    mine.take()
+    assert said(seen) == ("took over the lock of service chat, gpu-1, gpu-2, gpu-3 from bob@bobs-laptop (update-model, "
+                          "run R0): no heartbeat for a minute")
+    assert held(hosts["gpu-3"]) == {"host": "R1"}
+    bobs.drop()
+    assert held(hosts["gpu-3"]) == {"host": "R1"}, "what is no longer his he does not take away"
+    mine.drop()
+
+
+def test_our_own_process_that_is_gone_is_taken_over_at_once(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    me = identity.me("R1", "update-model")
+    killed = replace(me, token="other", run="R0", pid_start=me.pid_start - 1)
+    locks(fleet, killed).take()
+    seen: list[Event] = []
+    mine = locks(fleet, me, emit=seen.append)
+    mine.take()
+    assert "(update-model, run R0): that process is gone" in said(seen)
+    mine.drop()
+
+
+def test_our_own_process_that_lives_is_not(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    me = identity.me("R1", "update-model")
+    other = locks(fleet, replace(me, token="other", run="R0"))
+    other.take()
+    with pytest.raises(LockedError) as refused:
+        locks(fleet, me).take()
+    assert refused.value.code == "lock.held"
+    other.drop()
+
+
+def test_a_laptop_that_slept_finds_its_lock_gone_before_it_acts(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    clock = Clock()
+    anns = locks(fleet, holder(), clock=clock)
+    anns.take()
+    for host in hosts.values():
+        host.clock_s += 90
+    bobs = locks(fleet, holder("bob", "R2"), ("gpu-2",))
+    bobs._services.clear()
+    bobs.take()
+    anns.check()  # as if no time had passed: nothing was asked
+    clock.now_s += 90
+    with pytest.raises(LockedError) as lost:
+        anns.check()
+    assert (lost.value.code, lost.value.exit_code) == ("lock.lost", ExitCode.LOCKED)
+    assert "gpu-2" in lost.value.message
+    assert "taken by bob@bobs-laptop for update-model (run R2" in lost.value.message
+    assert "nothing more is done" in lost.value.message
+    with pytest.raises(LockedError):
+        anns.check()
+    anns.drop()
+    assert [held(hosts[name]) for name in HOSTS] == [{}, {"host": "R2"}, {}]
+    bobs.drop()
+
+
+def test_a_lock_that_was_broken_stops_its_holder(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    clock = Clock()
+    mine = locks(fleet, holder(), clock=clock)
+    mine.take()
+    host_locks.break_(hosts["gpu-1"].paths, "host", "R1")
+    clock.now_s += 21
+    with pytest.raises(LockedError, match="broken by somebody"):
+        mine.check()
+    mine.drop()
+
+
+def test_an_old_heartbeat_is_renewed_before_an_act_and_a_fresh_one_is_not(fleet: Fleet, hosts: dict[str, RunsHost]
+                                                                          ) -> None:
+    clock = Clock()
+    mine = locks(fleet, holder(), clock=clock)
+    mine.take()
+    clock.now_s += 19
+    mine.check()
+    assert "lock-renew" not in hosts["gpu-1"].verbs
+    clock.now_s += 2
+    mine.check()
+    mine.check()
+    assert hosts["gpu-1"].verbs.count("lock-renew") == 1
+    mine.drop()
+
+
+def test_a_host_that_does_not_answer_is_told_once_and_stops_nobody(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    clock, seen = Clock(), list[Event]()
+    mine = locks(fleet, holder(), clock=clock, emit=seen.append)
+    mine.take()
+    hosts["gpu-2"].silent = "host.unreachable"
+    for _ in range(3):
+        clock.now_s += 30
+        mine.check()
+    assert said(seen) == "does not answer the heartbeat of its lock: gpu-2 does not answer."
+    hosts["gpu-2"].silent = ""
+    clock.now_s += 30
+    mine.check()
+    mine.drop()
+    assert held(hosts["gpu-2"]) == {}
+
+
+def test_a_host_that_is_silent_at_the_start_is_locked_when_it_answers(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    clock = Clock()
+    hosts["gpu-2"].silent = "host.unreachable"
+    mine = locks(fleet, holder(), clock=clock)
+    mine.take()
+    hosts["gpu-2"].silent = ""
+    clock.now_s += 30
+    mine.check()
+    assert held(hosts["gpu-2"]) == {"host": "R1"}
+    mine.drop()
+
+
+def test_without_the_gateway_only_a_rollback_goes_on(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    hosts["ops-1"].silent = "host.unreachable"
+    with pytest.raises(RefusedError) as refused:
+        locks(fleet, holder()).take()
+    assert refused.value.code == "host.unreachable"
+    assert held(hosts["gpu-1"]) == {}
+    seen: list[Event] = []
+    mine = locks(fleet, holder(), gateway_optional=True, emit=seen.append)
+    mine.take()
+    assert "the gateway does not answer: service chat is not locked there, its hosts are" in said(seen)
+    assert held(hosts["gpu-1"]) == {"host": "R1"}
+    mine.drop()
+
+
+def test_a_run_that_is_continued_gives_its_name_to_the_locks(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    mine = locks(fleet, holder())
+    mine.take()
+    mine.rename("R0")
+    assert (held(hosts["ops-1"]), held(hosts["gpu-1"])) == ({"service-chat": "R0"}, {"host": "R0"})
+    mine.check()
+    mine.drop()
+    assert held(hosts["gpu-1"]) == {}
+
+
+@pytest.fixture
+def bare_hosts(hosts: dict[str, RunsHost]) -> dict[str, RunsHost]:
+    for host in hosts.values():
+        host.bare = True
+    return hosts
+
+
+def bare_lock(host: RunsHost) -> Path:
+    return host.paths.root / "lib/opsctl-provision.lock"
+
+
+def test_bare_machines_are_locked_by_a_folder(fleet: Fleet, bare_hosts: dict[str, RunsHost]) -> None:
+    mine = locks(fleet, holder(), ("ops-1", *HOSTS), allow_bare=True)
+    mine.take()
+    assert all((bare_lock(host) / "owner").is_file() for host in bare_hosts.values())
+    with pytest.raises(LockedError) as refused:
+        locks(fleet, holder("bob", "R2"), allow_bare=True).take()
+    assert refused.value.code == "lock.held"
+    assert "ann@anns-laptop" in refused.value.message
+    mine.drop()
+    assert not any(path.name.startswith("opsctl") for host in bare_hosts.values()
+                   for path in (host.paths.root / "lib").iterdir())
+
+
+def test_a_bare_machine_is_taken_over_by_the_same_rules(fleet: Fleet, bare_hosts: dict[str, RunsHost]) -> None:
+    me = identity.me("R1", "provision")
+    dead = locks(fleet, replace(me, token="dead", run="R0", pid_start=1), allow_bare=True)
+    dead.take()
+    seen: list[Event] = []
+    mine = locks(fleet, me, allow_bare=True, emit=seen.append)
+    mine.take()
+    assert "that process is gone" in said(seen)
+    for host in bare_hosts.values():
+        host.clock_s += 61
+    bobs = locks(fleet, holder("bob", "R2"), allow_bare=True)
+    bobs.take()
+    dead.drop()
+    mine.drop()
+    assert (bare_lock(bare_hosts["gpu-1"]) / "owner").is_file(), "it is bob's now"
+    bobs.drop()
+
+
+def test_of_two_who_take_over_a_bare_machine_one_does(fleet: Fleet, bare_hosts: dict[str, RunsHost]) -> None:
+    host = bare_hosts["gpu-1"]
+    assert bare.take(host, holder("ann", "R0"))
+    host.clock_s += 61
+    owner = bare.owner(host)
+    assert owner is not None
+    assert owner.beat_s == pytest.approx(61)
+    assert bare.take(host, holder("bob"), over=owner)
+    assert not bare.take(host, holder("eve"), over=owner)
+    host.clock_s = 5.0  # it was booted
+    again = bare.owner(host)
+    assert again is not None
+    assert (again.holder["user"], again.beat_s) == ("bob", 5.0)
+
+
+def test_when_the_agent_comes_its_lock_replaces_the_folder(fleet: Fleet, bare_hosts: dict[str, RunsHost]) -> None:
+    clock = Clock()
+    mine = locks(fleet, holder(), allow_bare=True, clock=clock)
+    mine.take()
+    for host in bare_hosts.values():
+        host.bare = False
+    clock.now_s += 21
+    mine.check()
+    assert held(bare_hosts["gpu-1"]) == {"host": "R1"}
+    assert held(bare_hosts["ops-1"]) == {"service-chat": "R1"}
+    assert not bare_lock(bare_hosts["gpu-1"]).exists()
+    mine.drop()
+
+
+def test_what_else_the_gateway_says_is_told_as_it_is(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    hosts["ops-1"].silent = "host.foreign_key"
+    with pytest.raises(OpsctlError) as refused:
+        locks(fleet, holder(), gateway_optional=True).take()
+    assert refused.value.code == "host.foreign_key"
