@@ -60,7 +60,7 @@ def added(run: str, lines: Sequence[Line], first: int, given: Sequence[Line]) ->
     there = lines[first:first + len(given)]
     if list(there) != list(given[:len(there)]):
         raise LockedError("run.diverged", f"the journal of {run} says something else from line {first} on: somebody "
-                          "else continues this run.", hint=f"opsctl runs {run}")
+                          "else continues this run.", hint="opsctl runs shows who")
     return given[len(there):]
 
 
