@@ -102,7 +102,7 @@ def all_runs(paths: Paths, limit: int | None = None) -> list[dict[str, Any]]:
 def summary(paths: Paths, run: str) -> dict[str, Any]:
     """``{"run", "began", "ended", "closed", "lines", "at"}``: how it stands; ``at`` is the time of its last line.
 
-    ``ended`` and ``closed``: the lines that say so, None when there is none or somebody continued it since.
+    ``ended``: the line that says so, None when somebody continued it since. ``closed``: the same, but that is for good.
     """
     try:
         texts, _ = _whole(_file(paths, run).read_bytes())
@@ -111,8 +111,9 @@ def summary(paths: Paths, run: str) -> dict[str, Any]:
     began, last = (_object(texts[at]) if texts else None for at in (0, -1))
     marks = [line for text in texts if MARK in text and (line := _object(text))]
     since = max((at for at, line in enumerate(marks) if line.get("event") in STARTS), default=0)
-    said = {line.get("event"): line for line in marks[since:]}
-    return {"run": run, "began": began, "ended": said.get("RunEnded"), "closed": said.get("RunClosed"),
+    ended = [line for line in marks[since:] if line.get("event") == "RunEnded"]
+    closed = [line for line in marks if line.get("event") == "RunClosed"]
+    return {"run": run, "began": began, "ended": ended[-1] if ended else None, "closed": closed[-1] if closed else None,
             "lines": len(texts), "at": (last or {}).get("t")}
 
 

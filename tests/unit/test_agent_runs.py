@@ -174,6 +174,7 @@ CLOSED = event(6, "RunClosed", by="bob@desk", why="lock break")
     ([ended(3, 8), CONTINUED, ended(6, 0)], 0, True),
     ([ended(3, 8), CLOSED], 8, True),
     ([CLOSED], None, True),
+    ([ended(3, 8), CLOSED, CONTINUED], None, True),  # whoever did not see that it was closed: for good is for good
     ([event(3, "Drained", message='"RunEnded"')], None, False),
 ])
 def test_how_a_run_stands(host: Paths, lines: list[dict[str, Any]], exit_code: int | None, is_ended: bool) -> None:
