@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def execute(
-    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="A program and its arguments; no shell "
-                                                 "reads them. For a pipe: -- sh -c 'a | b'.")],
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND", help="After --: a program and its arguments; no "
+                                                 "shell reads them. For a pipe: -- sh -c 'a | b'.")],
     limit: Limit = "",
     sudo: Annotated[bool, typer.Option("--sudo/--no-sudo", help="As root, or as the user who logs in.")] = True,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="How long it may take on a "

@@ -7,6 +7,7 @@ import typer
 import opsctl
 from opsctl.cli import (
     bundle,
+    doctor,
     drain,
     execute,
     gc,
@@ -63,6 +64,7 @@ app.command("history")(history.history)
 app.command("gc")(gc.gc)
 app.command("logs")(logs.logs)
 app.command("exec")(execute.execute)
+app.command("doctor")(doctor.doctor)
 app.add_typer(model.app, name="model")
 app.add_typer(bundle.app, name="bundle")
 app.add_typer(lab.app, name="lab")
