@@ -47,7 +47,7 @@ def logs(
     [dim]$ opsctl logs -f --instance chat.0 --since 10m[/dim]
     """
     with speaking("logs", as_json=as_json, debug=debug) as speaker:
-        from opsctl.errors import UsageError
+        from opsctl.errors import ExitCode, UsageError
         from opsctl.fleet.inventory import read_fleet
         from opsctl.fleet.placements import place
         from opsctl.fleet.select import select_hosts
@@ -68,6 +68,10 @@ def logs(
             _read(speaker, fleet, places, count, when, printer)
             if follow:
                 _follow(fleet, places, count, when, printer)
+        except KeyboardInterrupt:
+            if not follow:
+                raise
+            speaker.exit_code = ExitCode.DONE  # this is how following ends
         except BrokenPipeError:  # whoever read has seen enough: head, less
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -94,18 +98,15 @@ def _read(speaker: Speaker, fleet: Fleet, places: dict[str, Place], count: int, 
 
 
 def _follow(fleet: Fleet, places: dict[str, Place], count: int, when: Since, printer: Printer) -> None:
-    """Until Ctrl-C, which is how this ends well."""
+    """For ever."""
     from contextlib import closing
 
     from opsctl.logs.reading import follow
 
     with closing(follow(fleet, places, count, when)) as batches:
-        try:
-            for heard, entries in batches:
-                printer.heard(heard)
-                printer.entries(entries)
-        except KeyboardInterrupt:
-            printer.speaker.exit_code = type(printer.speaker.exit_code).DONE
+        for heard, entries in batches:
+            printer.heard(heard)
+            printer.entries(entries)
 
 
 class Printer:
