@@ -24,6 +24,7 @@ from opsctl.cli import (
     trust,
     undrain,
     update_model,
+    verify,
 )
 
 app = typer.Typer(
@@ -55,6 +56,7 @@ app.command("trust")(trust.trust)
 app.command("plan")(plan.plan)
 app.command("provision")(provision.provision)
 app.command("status")(status.status)
+app.command("verify")(verify.verify)
 app.command("stage")(stage.stage)
 app.command("update-model")(update_model.update_model)
 app.command("rollback")(rollback.rollback)
