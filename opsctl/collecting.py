@@ -36,6 +36,24 @@ class Part:
     size: int  # bytes that come free: what a hard link shares with what stays does not
 
 
+@dataclass(frozen=True)
+class Everything:
+    """What a collection would do, by service, and releases of services that left services.yml, by where they lie."""
+
+    parts: Mapping[str, tuple[Part, ...]]
+    behind: Mapping[str, list[str]]
+
+    @property
+    def found(self) -> int:
+        """How many hosts have something to remove, once for each service."""
+        return sum(bool(part.remove or part.engines) for several in self.parts.values() for part in several)
+
+    @property
+    def size(self) -> int:
+        """Bytes that come free."""
+        return sum(part.size for several in self.parts.values() for part in several)
+
+
 def keep(service: str, lines: Sequence[Line], state: State, target: str, more: int) -> dict[str, str]:
     """The releases of ``service`` that stay on a host, by folder name, and why. Pure.
 
@@ -58,6 +76,22 @@ def keep(service: str, lines: Sequence[Line], state: State, target: str, more: i
     for name in rest[:more]:
         why[name] = "one more" if more == 1 else "among the newest"
     return {name: reason for name, reason in why.items() if name in names}
+
+
+def look_at_all(fleet: Fleet, hosts: Sequence[Host], service: str, more: int, emit: Emit) -> Everything:
+    """What a collection would do on ``hosts``, of ``service`` or, when it is empty, of all; nothing is changed.
+
+    Raises:
+        UsageError: there is no such service, in services.yml or on hosts.
+        RefusedError: a host does not answer, or the ledger cannot be read.
+    """
+    states = survey(fleet, hosts)
+    behind = left_behind(fleet, states)
+    if service and service not in behind:
+        fleet.service(service)
+    names = [service] if service else [one.name for one in fleet.services]
+    parts = {name: look(fleet, name, states, more, emit) for name in names}
+    return Everything(parts, {name: where for name, where in behind.items() if name not in names})
 
 
 def survey(fleet: Fleet, hosts: Sequence[Host]) -> dict[str, State]:

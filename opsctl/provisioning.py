@@ -13,7 +13,6 @@ from typing import Any
 from opsctl.bundle.verify import verify_bundle
 from opsctl.engines.ansible import Failure, PlaybookOutcome, run_playbook
 from opsctl.engines.events import Emit, Note, PhaseStarted
-from opsctl.engines.journal import Run
 from opsctl.engines.session import Session, on_each
 from opsctl.errors import MixedError, OpsctlError, RefusedError
 from opsctl.fleet.model import Fleet, Host
@@ -22,6 +21,7 @@ from opsctl.fleet.ssh_config import write_ssh_config
 from opsctl.releases.first_start import bring_up, check_releases
 from opsctl.releases.remote import unreachable
 from opsctl.resources import resource
+from opsctl.runs.journal import Run
 
 PREFLIGHT_PLAY = "Preflight"
 REACH_TIMEOUT_S = 20.0
@@ -63,6 +63,7 @@ def provision(request: Request, run: Run, emit: Emit) -> dict[str, Any]:
         variables={"opsctl_bundle": str(request.bundle), "opsctl_bundle_verified": "true"},
     )
     judge(outcome, run.directory / "ansible.log")
+    run.about_to()
     try:
         served = bring_up(fleet, emit, hosts=reached, bundle=request.bundle, run=run.name)
     except RefusedError as error:

@@ -12,13 +12,18 @@ from opsctl.cli import (
     execute,
     gc,
     history,
+    hold,
     init,
     lab,
+    lock,
     logs,
     model,
     plan,
     provision,
+    release,
+    resume,
     rollback,
+    runs,
     stage,
     status,
     trust,
@@ -64,6 +69,11 @@ app.command("drain")(drain.drain)
 app.command("undrain")(undrain.undrain)
 app.command("history")(history.history)
 app.command("gc")(gc.gc)
+app.command("runs")(runs.runs)
+app.command("resume")(resume.resume)
+app.command("hold")(hold.hold)
+app.command("release")(release.release)
+app.add_typer(lock.app, name="lock")
 app.command("logs")(logs.logs)
 app.command("exec")(execute.execute)
 app.command("doctor")(doctor.doctor)

@@ -8,7 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from opsctl.cli.speak import AsJson, Debug, Inventory, Limit, Speaker, find_inventory, speaking
+from opsctl.cli.speak import (
+    AsJson,
+    Debug,
+    Inventory,
+    Limit,
+    Speaker,
+    find_inventory,
+    speaking,
+    typed,
+    wanted_run,
+)
 
 SkipUnreachable = Annotated[int, typer.Option("--skip-unreachable", help="Go on without up to N silent hosts.")]
 AskBecome = Annotated[bool, typer.Option("--ask-become-pass", "-K", help="Ask for the sudo password, this once.")]
@@ -17,6 +27,7 @@ BundleOption = Annotated[Path | None, typer.Option("--bundle", help="Bundle fold
 
 
 def provision(
+    context: typer.Context,
     inventory: Inventory = None,
     limit: Limit = "",
     bundle: BundleOption = None,
@@ -32,23 +43,27 @@ def provision(
     [dim]$ opsctl provision inventory.ini[/dim]
     """
     with speaking("provision", as_json=as_json, debug=debug) as speaker:
-        from opsctl.engines.events import RunFinished, RunStarted
-        from opsctl.engines.journal import journaled
+        from opsctl.engines.events import RunFinished
         from opsctl.fleet.inventory import read_fleet
+        from opsctl.fleet.placements import clashes
         from opsctl.fleet.select import select_hosts
         from opsctl.provisioning import Request
         from opsctl.provisioning import provision as run_provision
+        from opsctl.runs.running import Task, running
 
         fleet = read_fleet(find_inventory(inventory))
         hosts = select_hosts(fleet, limit)
         started = time.monotonic()
         password = _become_password(speaker) if ask_become_pass else None
-        with journaled(fleet.directory, speaker.emit) as (run, emit):
-            emit(RunStarted("provision", run.name, tuple(host.name for host in hosts)))
-            request = Request(fleet, hosts, (bundle or fleet.directory / "bundle").absolute(), skip_unreachable,
+        clashes(fleet)
+        task = Task(fleet, hosts, {"verb": "provision"}, tuple(service.name for service in fleet.services),
+                    typed(context), limit, wanted_run(context))
+        speaker.interrupts.careful = True
+        with running(task, speaker.emit) as work:
+            request = Request(fleet, work.hosts, (bundle or fleet.directory / "bundle").absolute(), skip_unreachable,
                               password)
-            document = run_provision(request, run, emit)
-            emit(RunFinished(0, changed=document["changed"], seconds=time.monotonic() - started))
+            document = {**run_provision(request, work.run, work.emit), "on_hold": list(work.held)}
+            work.emit(RunFinished(0, changed=document["changed"], seconds=time.monotonic() - started))
         speaker.result(document, summary(document))
 
 
@@ -61,6 +76,8 @@ def summary(document: dict[str, Any]) -> str:
                      f"{instance['state']}")
     if document["skipped"]:
         lines.append(f"left out, not answering: {', '.join(document['skipped'])}")
+    if document["on_hold"]:
+        lines.append(f"left alone, on hold: {', '.join(document['on_hold'])}")
     lines.append("next: opsctl status")
     return "\n".join(lines)
 

@@ -19,10 +19,12 @@ from opsctl.cli.update_model import (
     carry_out,
     failure_policy,
     show_plan,
+    task_of,
 )
 
 
 def rollback(
+    context: typer.Context,
     inventory: Inventory = None,
     to: Annotated[str, typer.Option("--to", help="This version. Default: the newest earlier one that is not bad.",
                                     show_default=False)] = "",
@@ -58,4 +60,4 @@ def rollback(
         if only_plan:
             show_plan(speaker, update.look_back(request, speaker.emit))
         else:
-            carry_out(speaker, request, update.roll_back, yes=yes)
+            carry_out(speaker, request, task_of(context, request, limit), update.look_back, update.roll_back, yes=yes)

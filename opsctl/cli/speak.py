@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
 
+from opsctl.cli.signals import Interrupts
 from opsctl.cli.views import View, choose_view
-from opsctl.engines.events import Event
+from opsctl.engines.events import Event, RunStarted
 from opsctl.errors import ConfigurationError, ExitCode, OpsctlError, UsageError
+from opsctl.runs import Declined
 
 Inventory = Annotated[
     Path | None,
@@ -31,6 +32,7 @@ Inventory = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", hidden=True)]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+NOT_KEPT = ("inventory", "yes", "as_json", "debug", "ask_become_pass", "only_plan")
 Limit = Annotated[str, typer.Option("--limit", help="Only these hosts: a host pattern, as Ansible's.")]
 
 
@@ -45,9 +47,18 @@ class Speaker:
         self.out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         self.talk = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
         self.view: View = choose_view(self.talk, quiet_terminal=as_json)
+        self.run = ""  # the run that is under way
+        self.interrupts = Interrupts(lambda: f"{self.way_on()}\n")
 
     def emit(self, event: Event) -> None:
+        if isinstance(event, RunStarted):
+            self.run = event.run
         self.view.show(event)
+
+    def way_on(self) -> str:
+        """What to type after an interruption."""
+        same = "the same command again continues"
+        return f"opsctl resume {self.run}   continues, and so does the same command again" if self.run else same
 
     def say(self, text: RenderableType) -> None:
         """Talk: goes to stderr, never into a pipe."""
@@ -76,20 +87,32 @@ class Speaker:
 
         Raises:
             UsageError: off a terminal without ``--yes``.
-            KeyboardInterrupt: the answer was no.
+            Declined: the answer was no.
+            KeyboardInterrupt: it was Ctrl-C.
         """
         if yes:
             return
         if not sys.stdin.isatty():
             raise UsageError("confirm.needs_yes", f"{self.verb} asks before it acts, and there is no terminal.",
                              hint="look at what it printed, then add --yes")
-        if not typer.confirm(question, err=True):
-            raise KeyboardInterrupt
+        try:
+            answer = typer.confirm(question, err=True)
+        except typer.Abort:
+            raise KeyboardInterrupt from None
+        if not answer:
+            raise Declined
 
     def _document(self, document: dict[str, Any]) -> None:
         sys.stdout.write(json.dumps({"schema": f"opsctl.{self.verb.replace(' ', '-')}/v1", **document}, indent=2,
                                     default=str) + "\n")
         sys.stdout.flush()
+
+    def _interrupted(self, code: str, message: str, hint: str) -> None:
+        self.view.close()
+        self.talk.print(f"{message}; {hint}" if hint else message, style="yellow", markup=False)
+        if self.as_json:
+            self._document({"error": {"code": code, "message": message, "hint": hint}, "run": self.run,
+                            "exit_code": int(ExitCode.INTERRUPTED)})
 
     def _error(self, error: OpsctlError) -> None:
         self.view.close()
@@ -107,7 +130,7 @@ class Speaker:
 def speaking(verb: str, *, as_json: bool = False, debug: bool = False) -> Iterator[Speaker]:
     """Runs a verb's body; turns errors into one sentence and an exit code, and signals into exit 130."""
     speaker = Speaker(verb, as_json=as_json, debug=debug or bool(os.environ.get("OPSCTL_DEBUG")))
-    previous = {number: signal.signal(number, _terminate) for number in (signal.SIGTERM, signal.SIGHUP)}
+    speaker.interrupts.begin()
     try:
         yield speaker
     except OpsctlError as error:
@@ -115,11 +138,11 @@ def speaking(verb: str, *, as_json: bool = False, debug: bool = False) -> Iterat
             traceback.print_exc()
         speaker._error(error)
         raise typer.Exit(int(error.exit_code)) from None
+    except Declined:
+        speaker._interrupted("declined", "declined; nothing was changed", "")
+        raise typer.Exit(int(ExitCode.INTERRUPTED)) from None
     except (KeyboardInterrupt, typer.Abort):
-        speaker.view.close()
-        speaker.talk.print("interrupted; the same command again continues", style="yellow")
-        if as_json:
-            speaker._document({"error": {"code": "interrupted", "message": "interrupted"}, "exit_code": 130})
+        speaker._interrupted("interrupted", "interrupted", speaker.way_on())
         raise typer.Exit(int(ExitCode.INTERRUPTED)) from None
     except typer.Exit:
         raise
@@ -131,8 +154,7 @@ def speaking(verb: str, *, as_json: bool = False, debug: bool = False) -> Iterat
         raise typer.Exit(int(ExitCode.UNEXPECTED)) from None
     finally:
         speaker.view.close()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        speaker.interrupts.end()
     if speaker.exit_code is not ExitCode.DONE:
         raise typer.Exit(int(speaker.exit_code))
 
@@ -150,5 +172,30 @@ def find_inventory(argument: Path | None) -> Path:
     return path.absolute()
 
 
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+@dataclass(frozen=True)
+class Resumed:
+    """What ``opsctl resume`` hands to the verb that it calls."""
+
+    run: str
+
+
+def typed(context: typer.Context) -> tuple[str, ...]:
+    """The command line as it was typed, for whoever resumes the run, without what was for this time or person alone."""
+    words = [str(context.info_name)]
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = context.get_parameter_source(name)
+        if parameter.param_type_name != "option" or name in NOT_KEPT or source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[name]
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(one, bool):
+                words.append(max([*(parameter.opts if one else parameter.secondary_opts)], key=len))
+            else:
+                words += [max(parameter.opts, key=len), str(one.absolute() if isinstance(one, Path) else one)]
+    return tuple(words)
+
+
+def wanted_run(context: typer.Context) -> str:
+    """The run that ``opsctl resume`` wants continued; empty when a person typed the verb."""
+    return context.obj.run if isinstance(context.obj, Resumed) else ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from opsctl.cli.speak import AsJson, Debug, Inventory, Limit, find_inventory, speaking
+from opsctl.cli.speak import AsJson, Debug, Inventory, Limit, find_inventory, speaking, typed, wanted_run
 
 if TYPE_CHECKING:
     from opsctl.fleet.model import Fleet, Host, Service
@@ -25,6 +25,7 @@ BundleOption = Annotated[Path | None, typer.Option("--bundle", help="Bundle fold
 
 
 def stage(
+    context: typer.Context,
     inventory: Inventory = None,
     version: Version = "",
     service: ServiceName = "",
@@ -42,8 +43,7 @@ def stage(
     [dim]$ opsctl stage --version v3 --rate-limit 200M[/dim]
     """
     with speaking("stage", as_json=as_json, debug=debug) as speaker:
-        from opsctl.engines.events import RunFinished, RunStarted
-        from opsctl.engines.journal import journaled
+        from opsctl.engines.events import RunFinished
         from opsctl.engines.session import Session
         from opsctl.errors import UsageError
         from opsctl.fleet.inventory import read_fleet
@@ -51,6 +51,7 @@ def stage(
         from opsctl.fleet.select import select_hosts, the_service
         from opsctl.fleet.ssh_config import write_ssh_config
         from opsctl.releases.staging import bytes_per_second, find_release, stage_release
+        from opsctl.runs.running import Task, running
 
         if not version:
             raise UsageError("stage.which_version", "stage wants --version.",
@@ -61,14 +62,16 @@ def stage(
         hosts = serving_hosts(fleet, chosen, select_hosts(fleet, limit))
         write_ssh_config(fleet)
         started = time.monotonic()
-        with journaled(fleet.directory, speaker.emit) as (run, emit):
-            emit(RunStarted("stage", run.name, tuple(host.name for host in hosts)))
+        task = Task(fleet, hosts, {"verb": "stage", "service": chosen.name, "version": version}, (), typed(context),
+                    limit, wanted_run(context))
+        speaker.interrupts.careful = True
+        with running(task, speaker.emit) as work:
             with Session(fleet, gateway(fleet)) as session:
                 found = find_release(fleet, session, chosen, version, bundle=bundle)
-            rows = stage_release(fleet, hosts, chosen, found.release, emit, rate_limit=rate, bundle=bundle,
+            rows = stage_release(fleet, work.hosts, chosen, found.release, work.emit, rate_limit=rate, bundle=bundle,
                                  skip_unreachable=skip_unreachable)
-            document = document_of(found, rows, run.name)
-            emit(RunFinished(0, changed=document["changed"], seconds=time.monotonic() - started))
+            document = {**document_of(found, rows, work.run.name), "on_hold": list(work.held)}
+            work.emit(RunFinished(0, changed=document["changed"], seconds=time.monotonic() - started))
         speaker.result(document, summary(document))
 
 
@@ -108,5 +111,7 @@ def summary(document: dict[str, Any]) -> str:
             lines.append(f"  {row['host']:<10} {human_bytes(row['fetched_bytes'])} fetched{linked}{engine}")
     if document["skipped"]:
         lines.append(f"left out, not answering: {', '.join(document['skipped'])}")
+    if document.get("on_hold"):
+        lines.append(f"left alone, on hold: {', '.join(document['on_hold'])}")
     lines.append(f"next: opsctl update-model --version {document['version']}")
     return "\n".join(lines)

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from opsctl.cli.speak import AsJson, Debug, Inventory, Limit, Speaker, Yes, find_inventory, speaking
+from opsctl.cli.speak import (
+    AsJson,
+    Debug,
+    Inventory,
+    Limit,
+    Speaker,
+    Yes,
+    find_inventory,
+    speaking,
+    typed,
+    wanted_run,
+)
 
 if TYPE_CHECKING:
-    from opsctl.engines.events import Emit
-    from opsctl.engines.journal import Run
+    from opsctl.releases.plan import Plan
     from opsctl.releases.update import Looked, Request
+    from opsctl.runs.holding import Hold
+    from opsctl.runs.running import Task
 
 ServiceName = Annotated[str, typer.Option("--service", help="Which service. Default: the only one.",
                                           show_default=False)]
@@ -30,6 +44,7 @@ OnFailureOption = Annotated[str, typer.Option(
 
 
 def update_model(
+    context: typer.Context,
     inventory: Inventory = None,
     version: Annotated[str, typer.Option("--version", help="Version to bring.")] = "",
     service: ServiceName = "",
@@ -79,7 +94,8 @@ def update_model(
         if only_plan:
             show_plan(speaker, update.look_forward(request, speaker.emit))
         else:
-            carry_out(speaker, request, update.update_model, yes=yes)
+            task = task_of(context, request, limit)
+            carry_out(speaker, request, task, update.look_forward, update.update_model, yes=yes)
 
 
 def show_plan(speaker: Speaker, looked: Looked) -> None:
@@ -92,28 +108,63 @@ def show_plan(speaker: Speaker, looked: Looked) -> None:
     speaker.result(document, plan_view(plan), ExitCode.PENDING if plan.moves else ExitCode.DONE)
 
 
-def carry_out(speaker: Speaker, request: Request, change: Any, *, yes: bool) -> None:
-    """Runs ``update_model`` or ``roll_back`` with a journal, shows the plan, asks, and says how it ended."""
+def task_of(context: typer.Context, request: Request, limit: str) -> Task:
+    """The run that a change is: the same one, when service and version are the same."""
+    from opsctl.runs.running import Task
+
+    intent = {"verb": str(context.info_name), "service": request.service.name, "version": request.version}
+    hosts = tuple(host for host in request.hosts if request.service.group in host.groups)
+    return Task(request.fleet, hosts, intent, (request.service.name,), typed(context), limit, wanted_run(context))
+
+
+def carry_out(speaker: Speaker, request: Request, task: Task, look: Any, change: Any, *, yes: bool) -> None:
+    """Runs ``update_model`` or ``roll_back`` as a run, shows the plan, asks, and says how it ended.
+
+    A person reads as long as they like, so they are asked before anybody is locked out; when the plan is another one
+    under the locks, they are asked again.
+    """
     from opsctl.cli.plan_view import plan_view
-    from opsctl.engines.events import RunFinished, RunStarted
-    from opsctl.engines.journal import journaled
+    from opsctl.engines.events import RunFinished
+    from opsctl.releases import plan as plans
+    from opsctl.runs import holding
+    from opsctl.runs.running import running
 
     started = time.monotonic()
+    approved: list[Plan] = []
 
-    def approve(plan: Any) -> None:
+    def approve(plan: Plan) -> None:
+        if approved and same_moves(approved[-1], plan):
+            return
         speaker.view.close()
         speaker.say(plan_view(plan))
+        if approved:
+            speaker.say("[yellow]the fleet has changed since: this is what would be done now[/yellow]")
         speaker.confirm(f"bring {plan.service.name} to {plan.target.version}?", yes=yes)
+        approved.append(plan)
 
-    def run_it(run: Run, emit: Emit) -> dict[str, Any]:
-        emit(RunStarted(speaker.verb, run.name, tuple(host.name for host in request.hosts)))
-        document: dict[str, Any] = change(request, run, emit, approve)
-        emit(RunFinished(0, changed=document["changed"], seconds=time.monotonic() - started))
-        return document
-
-    with journaled(request.fleet.directory, speaker.emit) as (run, emit):
-        document = run_it(run, emit)
+    if not yes:
+        _, held = holding.leave_out(task.hosts, holding.read(request.fleet, task.hosts), task.limit)
+        plan = look(without(request, held), speaker.emit).plan
+        if plan.moves:
+            plans.check(plan, allow_outage=request.allow_outage)
+            approve(plan)
+    speaker.interrupts.careful = True
+    with running(task, speaker.emit) as work:
+        document: dict[str, Any] = change(without(request, work.held), work.run, work.emit, approve)
+        document = {**document, "on_hold": list(work.held)}
+        work.emit(RunFinished(0, changed=document["changed"], seconds=time.monotonic() - started))
     speaker.result(document, summary(document))
+
+
+def same_moves(one: Plan, other: Plan) -> bool:
+    """Whether two plans do the same, whatever is free on disks meanwhile. Pure."""
+    return (one.target, one.moves, one.outage) == (other.target, other.moves, other.outage)
+
+
+def without(request: Request, held: Mapping[str, Hold]) -> Request:
+    """The same request for the hosts that are not on hold."""
+    return replace(request, hosts=tuple(host for host in request.hosts if host.name not in held),
+                   held=frozenset(held))
 
 
 def summary(document: dict[str, Any]) -> str:
@@ -131,6 +182,8 @@ def summary(document: dict[str, Any]) -> str:
         lines.append(f"marked as bad: {', '.join(document['bad'])} (again only with --allow-bad)")
     if document["skipped"]:
         lines.append(f"left out, not answering: {', '.join(document['skipped'])}")
+    if document.get("on_hold"):
+        lines.append(f"left alone, on hold: {', '.join(document['on_hold'])}")
     lines.append("next: opsctl status" + (", or opsctl rollback" if "bad" not in document else ""))
     return "\n".join(lines)
 

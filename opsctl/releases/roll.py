@@ -36,6 +36,7 @@ from opsctl.releases.plan import Step, serves
 from opsctl.releases.remote import ask
 from opsctl.releases.rollout import Begin, End, Rollout, State
 from opsctl.releases.watch import OUT_OF_REACH, watch
+from opsctl.runs.journal import nothing
 
 LEASE_S = 90.0  # of a drain; longer than a connection needs to notice that it is dead and to be made anew
 RENEW_S = 20.0
@@ -43,6 +44,7 @@ LOOK_S = 2.0  # one question waits this long for the answer it would like
 HEARD_S = 10.0  # the agent is asked twice a second; a balancer that still sends after this has not heard it
 ROTATION_S = 30.0  # two good checks a second apart, after the agent said up
 FAREWELL_S = 10.0  # for draining instances to come back after Ctrl-C
+LOST = ("lock.lost", "run.diverged")  # the run is somebody else's now: not even our own drain is touched any more
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Settings:
     min_speed_percent: int
     via_lb: bool = False
     without: frozenset[str] = frozenset()  # load balancers that are off, and were said to be
+    check: Callable[[], None] = nothing  # before each order: raises when a lock of the run was lost
+    about_to: Callable[[], None] = nothing  # before moves begin: so too, and the journal is safe when it returns
 
 
 class AdriftError(PausedError):
@@ -84,7 +88,11 @@ class Rolled:
 
 
 def roll(fleet: Fleet, service: Service, rollout: Rollout, settings: Settings, emit: Emit) -> Rolled:
-    """Carries ``rollout`` out to its end, whatever that is; raises only on Ctrl-C and on a broken computer."""
+    """Carries ``rollout`` out to its end, whatever that is; raises only on Ctrl-C and on a broken computer.
+
+    Raises:
+        LockedError: a lock of the run was lost; what was begun on hosts ends there by itself.
+    """
     return _Conductor(fleet, service, settings, one_at_a_time(emit)).run(rollout)
 
 
@@ -110,13 +118,14 @@ class _Conductor:
                 if isinstance(decision, End):
                     return Rolled(rollout, decision, self._timings)
                 if isinstance(decision, Begin):
+                    self._settings.about_to()
                     self._announce(decision, rollout)
                     for step in decision.steps:
                         rollout = rollouts.after(rollout, step.name, State.REVERTING if decision.back else State.MOVING)
                         self._begin(step, back=decision.back)
                 else:
                     rollout = self._wait(rollout)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, LockedError):
             self._farewell()
             raise
 
@@ -189,6 +198,8 @@ class _Conductor:
                 step, back, error = self._ended.get(timeout=0.5)
             except queue.Empty:
                 continue
+            if error is not None and error.code in LOST:
+                raise error
             state = ended(error, back=back, served=step.serving)
             if error is not None:
                 where = f"back to {_version(step.back)}" if back else f"to {_version(step.next)}"
@@ -274,6 +285,8 @@ class _Mover:
         try:
             self._cut_over(release, origin, back=back)
         except (RefusedError, LockedError, ConfigurationError) as error:
+            if error.code in LOST:
+                raise
             self._undrain()
             raise PausedError(error.code, error.message, hint=error.hint, log_tail=error.log_tail) from error
         except (RolledBackError, PausedError) as error:
@@ -365,6 +378,7 @@ class _Mover:
                      "in services.yml or --drain-timeout waits longer")
 
     def _renew(self) -> None:
+        self._settings.check()
         self._ask(["drain", self._step.instance, "--owner", self._owner, "--for-s", f"{LEASE_S:g}", "--reason",
                    f"change to {_version(self._step.next)}"])
 
@@ -372,10 +386,13 @@ class _Mover:
         """Ends this run's drain and no other. Best effort: the lease ends by itself, and the first error counts."""
         weight = 0
         try:
+            self._settings.check()
             weight = int(self._ask(["undrain", self._step.instance, "--owner", self._owner])["weight"])
         except OpsctlError as error:
             self._emit(Note(f"{self._step.instance} could not be undrained ({error.message}); its drain ends by itself "
                             f"within {LEASE_S:.0f} s", "warning", self._step.host))
+            if error.code in LOST:
+                return
         if not self._in_balancers or (self._fleet.load_balancer == "hook" and weight == 0):
             return  # a hook cannot tell our drain from another one's: as long as one counts it stays out
         try:
@@ -389,6 +406,7 @@ class _Mover:
         order = Order(step.host, "cutover", {
             "instance": step.instance, "release": release, "from_release": origin or "none", "owner": self._owner,
             "min_speed_percent": 0 if back else self._settings.min_speed_percent})
+        self._settings.check()
         first = next(iter(carry_out(self._fleet, [order], self._emit, worker=self._worker).values()))
         try:
             if isinstance(first, OpsctlError):

@@ -16,7 +16,6 @@ from typing import Any
 
 from opsctl.agent.ledger import Line, bad_digests, tip
 from opsctl.engines.events import Emit, Note, PhaseStarted
-from opsctl.engines.journal import Run
 from opsctl.engines.pyinfra import gather
 from opsctl.engines.session import Session, on_each
 from opsctl.errors import ExitCode, MixedError, OpsctlError, PausedError, RefusedError, RolledBackError, UsageError
@@ -34,6 +33,7 @@ from opsctl.releases.rollout import OnFailure, State
 from opsctl.releases.staging import find_release, stage_release
 from opsctl.releases.targets import check_not_bad, rollback_target
 from opsctl.releases.watch import OUT_OF_REACH
+from opsctl.runs.journal import Run
 
 REACH_TIMEOUT_S = 20.0
 
@@ -43,7 +43,10 @@ States = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Request:
-    """What the operator asked for. ``version``: empty lets a rollback choose. ``hosts``: those the limit left."""
+    """What the operator asked for. ``version``: empty lets a rollback choose.
+
+    ``hosts``: those that the limit left, without those on hold, which are ``held``.
+    """
 
     fleet: Fleet
     service: Service
@@ -59,11 +62,15 @@ class Request:
     allow_bad: bool = False
     via_lb: bool = False
     skip_unreachable: int = 0
+    held: frozenset[str] = frozenset()
 
     @property
     def whole(self) -> bool:
-        """Whether all hosts of the service are meant; only then the ledger can say that the fleet serves it."""
-        return {host.name for host in _serving_hosts(self)} <= {host.name for host in self.hosts}
+        """Whether all hosts of the service are meant; only then the ledger can say that the fleet serves it.
+
+        A host on hold was meant, and is behind until its next update.
+        """
+        return {host.name for host in _serving_hosts(self)} <= {host.name for host in self.hosts} | self.held
 
 
 @dataclass(frozen=True)
@@ -180,7 +187,7 @@ def _look(request: Request, emit: Emit) -> _Seen:
     write_ssh_config(request.fleet)
     states, silent = _states(request)
     off = _silent_balancers(request, set(states))
-    if len(silent) + len(off) > request.skip_unreachable:
+    if len({*silent, *off} - request.held) > request.skip_unreachable:
         gone = {name: error for name, error in {**silent, **off}.items() if error.code in OUT_OF_REACH}
         raise unreachable(gone) if gone else next(iter({**silent, **off}.values()))
     for name, error in states.items():
@@ -287,7 +294,8 @@ def _roll(request: Request, looked: Looked, run: Run, emit: Emit, *, speed: int 
     rollout = rollouts.begun(plan, allow_outage=request.allow_outage, on_failure=request.on_failure)
     wanted_speed = request.min_speed_percent if request.min_speed_percent is not None else service.min_speed_percent
     settings = Settings(run.name, request.drain_timeout_s or service.drain_timeout_s,
-                        wanted_speed if speed is None else speed, request.via_lb, looked.without)
+                        wanted_speed if speed is None else speed, request.via_lb, looked.without, run.check,
+                        run.about_to)
     rolled = roll(request.fleet, service, rollout, settings, emit)
     error = failure(rolled, plan)
     if error is not None:
@@ -336,6 +344,7 @@ def _finish(request: Request, run: Run, emit: Emit, looked: Looked, rolled: Roll
     if len(written) < len(wanted):
         emit(Note("the ledger stays as it is: only a part of the hosts was meant", "warning"))
     if written:
+        run.about_to()
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         by = f"{getpass.getuser()}@{socket.gethostname()}"
         lines = [Line(number, version, digest, at, by, run.name, note, action)

@@ -74,6 +74,11 @@ class Known:
         """``opsctl resume`` may take it up; a failure that left a mixed fleet too, though it stands in nobody's way."""
         return not self.closed and (self.exit_code is None or self.exit_code in RESUMABLE)
 
+    @property
+    def state(self) -> str:
+        """``unfinished``, ``closed`` or ``done``."""
+        return "closed" if self.closed else "unfinished" if self.unfinished else "done"
+
 
 def known(document: Mapping[str, Any]) -> tuple[Known, ...]:
     """The runs of a gateway's ``runs`` document, newest first."""
@@ -104,12 +109,10 @@ class Begin:
 Decision = Continue | Blocked | Begin
 
 
-def decide(runs: Sequence[Known], intent: Mapping[str, Any], hosts: Collection[str], *, wanted: str = "",
-           gone: Collection[str] = ()) -> Decision:
+def decide(runs: Sequence[Known], intent: Mapping[str, Any], hosts: Collection[str], *, wanted: str = "") -> Decision:
     """What becomes of a command that wants ``intent`` on ``hosts``.
 
-    ``wanted``: the run that ``opsctl resume`` names. ``gone``: runs that were begun by a process of our own that is no
-    more.
+    ``wanted``: the run that ``opsctl resume`` names.
     """
     for run in runs:
         if run.run == wanted and run.resumable:
@@ -118,7 +121,7 @@ def decide(runs: Sequence[Known], intent: Mapping[str, Any], hosts: Collection[s
     open_runs = [run for run in runs if run.unfinished]
     same = [run for run in open_runs if run.intent == intent]
     if verb == STAGE:  # it has no lock: the same one may be at work still, and hosts go on with it in any case
-        return Begin(tuple(run for run in same if run.run in gone))
+        return Begin(tuple(same))
     if same:
         return Continue(same[0])
     closes = []

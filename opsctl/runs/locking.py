@@ -183,8 +183,8 @@ class Locks:
     def _try(self, place: Place) -> Taken:
         try:
             taken = self._try_agent(place)
-            if place.how == "bare" and taken.holder is None:  # the agent has come meanwhile
-                bare.drop(place.session, self.holder.token)
+            if taken.holder is None and self._allow_bare and place.name == HOST and place.how != "agent":
+                taken = self._without_folder(place, taken)
             place.how = "agent" if taken.holder is None else place.how
             return taken
         except OpsctlError as error:
@@ -222,6 +222,18 @@ class Locks:
             return Taken(told)
         place.how = "bare"
         return Taken(before=told, why=PROCESS_GONE if verdict is Verdict.GONE else NO_BEAT)
+
+    def _without_folder(self, place: Place, taken: Taken) -> Taken:
+        """The agent has come, by us or by somebody who was killed since: the folder of before has had its day."""
+        owner = bare.owner(place.session)
+        if owner is None:
+            return taken
+        told = {**owner.holder, "beat_s": owner.beat_s, "since": ""}
+        if self._verdict(told) is Verdict.HELD:
+            ask(place.session, ["lock-drop", "--name", place.name, "--token", self.holder.token], host=place.host.name)
+            return Taken(told)
+        bare.drop(place.session, str(owner.holder.get("token")))
+        return taken
 
     def _verdict(self, document: dict[str, Any]) -> Verdict:
         holder = holder_of(document)

@@ -22,20 +22,16 @@ from opsctl.fleet.model import Fleet, Host
 from opsctl.fleet.placements import gateway as gateway_of
 from opsctl.releases.books import SILENT
 from opsctl.releases.remote import ask
-from opsctl.runs import busy, holding, judge
+from opsctl.runs import Declined, busy, holding, judge
 from opsctl.runs.holding import Hold
-from opsctl.runs.identity import Holder, alive, me
+from opsctl.runs.identity import Holder, me
 from opsctl.runs.journal import Journal, Run, make_directory, new_name
-from opsctl.runs.judge import Begin, Blocked, Continue, Known, Verdict
+from opsctl.runs.judge import Begin, Blocked, Continue, Known
 from opsctl.runs.locking import LOST, Locks
 
 WAITS_FOR: Mapping[str, tuple[str, ...]] = {"provision": ("dpkg", "ansible")}  # others: a task of Ansible's alone
 PROVISION, ROLLBACK, STAGE = "provision", judge.ROLLBACK, judge.STAGE
-DIVERGED = "run.diverged"
-
-
-class Declined(KeyboardInterrupt):
-    """The operator looked at the plan and said no: nothing was done, nothing is to be resumed."""
+DIVERGED, DECLINED = "run.diverged", "declined"
 
 
 @dataclass(frozen=True)
@@ -86,8 +82,7 @@ def running(task: Task, listener: Emit) -> Iterator[Work]:
     locks.take()
     try:
         runs = read_runs(task.fleet, optional=task.verb in (PROVISION, ROLLBACK, STAGE))
-        decision = judge.decide(runs, task.intent, {host.name for host in hosts}, wanted=task.wanted,
-                                gone=_gone(runs, holder))
+        decision = judge.decide(runs, task.intent, {host.name for host in hosts}, wanted=task.wanted)
         if isinstance(decision, Blocked):
             raise judge.blocked(decision.run, utc(decision.run.began))
         if isinstance(decision, Continue):
@@ -142,8 +137,13 @@ def _journal(task: Task, hosts: Sequence[Host], name: str, decision: Begin | Con
     journal = Journal(task.fleet, name, emit, decision.run.lines if isinstance(decision, Continue) else 0)
     closer = _Closer(task.fleet, decision, holder, name, emit)
 
+    staging = task.verb == STAGE
+
     def about_to() -> None:
         locks.check()
+        if staging:
+            _gather(journal)
+            return
         journal.sync()
         closer.close()
 
@@ -159,24 +159,28 @@ def _journal(task: Task, hosts: Sequence[Host], name: str, decision: Begin | Con
             emit(Note(f"continues run {name} of {decision.run.by}, begun {utc(decision.run.began)}"))
         yield run
         code = int(ExitCode.DONE)
+        if staging:
+            closer.close()
     except OpsctlError as error:
         code, word = int(error.exit_code), error.code
         raise
     except Declined:
-        code, word = int(ExitCode.REFUSED), "declined"
+        code, word = int(ExitCode.INTERRUPTED), DECLINED
         raise
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         code, word = int(ExitCode.INTERRUPTED), "interrupted"
         raise
     finally:
         emit.keep(None, None)
-        _end(journal, code, word, holder)
+        _end(journal, code, word, holder, closes=word == DECLINED and isinstance(decision, Begin))
 
 
-def _end(journal: Journal, code: int, word: str, holder: Holder) -> None:
+def _end(journal: Journal, code: int, word: str, holder: Holder, *, closes: bool) -> None:
     """The last line. One who lost the lock writes it here only: on the gateway the run may be somebody else's now."""
     try:
         journal.write({"event": "RunEnded", "exit_code": code, "code": word, "by": holder.who})
+        if closes:
+            journal.write({"event": "RunClosed", "by": holder.who, "why": DECLINED})
         if word not in (LOST, DIVERGED):
             journal.sync(at_once=True)
     except LockedError:  # somebody closed it: that is said there already
@@ -209,19 +213,16 @@ def _locks(task: Task, hosts: Sequence[Host], holder: Holder, emit: Emit) -> Loc
                  allow_bare=task.verb == PROVISION, gateway_optional=task.verb == ROLLBACK)
 
 
-def _gone(runs: Sequence[Known], mine: Holder) -> set[str]:
-    """Runs that were begun here by a process that is no more."""
-    return {run.run for run in runs if run.holder is not None and run.exit_code is None and judge.lock(
-        run.holder, mine, lives=alive(run.holder), beat_s=0) is Verdict.GONE}
-
-
 class _Closer:
-    """Closes the runs that this one takes back, when it is about to act and not before: it may be refused yet."""
+    """Closes the runs that this one takes back when it is about to act, not before: it may be refused yet.
+
+    A stage closes those that were cut off when it has done the same; one that is at work all the same goes on.
+    """
 
     def __init__(self, fleet: Fleet, decision: Begin | Continue, holder: Holder, run: str, emit: Emit) -> None:
         self._fleet = fleet
         self._runs = decision.closes if isinstance(decision, Begin) else ()
-        self._why = f"{'done again' if holder.verb == STAGE else 'taken back'} by {run}"
+        self._why = f"{'done' if holder.verb == STAGE else 'taken back'} by {run}"
         self._by = holder.who
         self._emit = emit
 

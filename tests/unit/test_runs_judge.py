@@ -74,15 +74,11 @@ def run(name: str, intent: dict[str, Any], exit_code: int | None = None, hosts: 
     ([run("R1", {**V2, "service": "talk"}, 8)], BACK, "gpu-1", Blocked(run("R1", {**V2, "service": "talk"}, 8))),
     ([run("R1", STAGE)], V3, "gpu-1", Begin()),
     ([run("R1", V2)], STAGE, "gpu-1", Begin()),
-    ([run("R1", STAGE)], STAGE, "gpu-1", Begin()),
+    ([run("R1", STAGE)], STAGE, "gpu-1", Begin((run("R1", STAGE),))),
 ])
 def test_which_run_a_command_goes_on_with(runs: list[Known], intent: dict[str, Any], hosts: str, decision: object
                                           ) -> None:
     assert decide(runs, intent, {hosts}) == decision
-
-
-def test_a_stage_that_was_cut_off_here_is_done_again() -> None:
-    assert decide([run("R1", STAGE)], STAGE, {"gpu-1"}, gone={"R1"}) == Begin((run("R1", STAGE),))
 
 
 @pytest.mark.parametrize("exit_code", [None, 1, 7, 8, 130])

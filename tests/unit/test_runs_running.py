@@ -1,0 +1,330 @@
+"""Runs from their first lock to their last line, on hosts whose opsctl-host is the real one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs_kit import RunsHost, holder, make_fleet, make_hosts
+
+from opsctl.agent import holds as host_holds
+from opsctl.agent import locks as host_locks
+from opsctl.agent import runs as host_runs
+from opsctl.engines.events import Event, Note, PhaseStarted, Progress, RunStarted, TaskResult, discard
+from opsctl.errors import ExitCode, LockedError, MixedError, OpsctlError, PausedError, RefusedError
+from opsctl.fleet.model import Fleet
+from opsctl.runs import Declined, busy, locking, running
+from opsctl.runs.running import Task, read_runs
+
+V2 = {"verb": "update-model", "service": "chat", "version": "v2"}
+V3 = {**V2, "version": "v3"}
+BACK = {"verb": "rollback", "service": "chat", "version": ""}
+STAGE = {"verb": "stage", "service": "chat", "version": "v2"}
+HOSTS = ("gpu-1", "gpu-2", "gpu-3")
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    return make_fleet(tmp_path)
+
+
+@pytest.fixture
+def hosts(fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, RunsHost]:
+    return make_hosts(fleet, tmp_path, monkeypatch)
+
+
+def task(fleet: Fleet, intent: dict[str, str] = V2, **more: Any) -> Task:
+    return Task(fleet, tuple(fleet.host(name) for name in HOSTS), intent, ("chat",),
+                ("update-model", "--version", "v2"), **more)
+
+
+def journal(hosts: dict[str, RunsHost], run: str) -> list[dict[str, Any]]:
+    return host_runs.show(hosts["ops-1"].paths, run)
+
+
+def events(hosts: dict[str, RunsHost], run: str) -> list[str]:
+    return [line["event"] for line in journal(hosts, run)]
+
+
+def locked(hosts: dict[str, RunsHost]) -> dict[str, str]:
+    """Host -> run."""
+    return {name: one["holder"]["run"] for name, host in hosts.items() for one in host_locks.all_locks(host.paths)}
+
+
+def cut_off(fleet: Fleet, intent: dict[str, str], monkeypatch: pytest.MonkeyPatch, who: str = "bob") -> str:
+    """A run of somebody's whose controller was killed in the middle, long ago."""
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "me", lambda run, verb: holder(who, run, verb=verb))
+        patch.setattr(locking.Locks, "drop", lambda self: self._done.set())
+        patch.setattr(running, "_end", lambda *_, **__: None)
+        with running.running(task(fleet, intent), discard) as work:
+            work.emit(Note("so far so good"))
+            work.run.about_to()
+    return work.run.name
+
+
+def later(hosts: dict[str, RunsHost]) -> None:
+    for host in hosts.values():
+        host.clock_s += 61
+
+
+def test_a_run_is_locked_and_written_down_and_over(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    seen: list[Event] = []
+    with running.running(task(fleet), seen.append) as work:
+        run = work.run.name
+        assert locked(hosts) == dict.fromkeys(("ops-1", *HOSTS), run)
+        assert [line["event"] for line in journal(hosts, run)] == ["RunBegan"], "before anything is done"
+        work.emit(TaskResult("gpu-1", "x", "changed"))
+        work.emit(Progress("bytes", 1, 2))
+        assert len(journal(hosts, run)) == 1, "gathered"
+        work.run.about_to()
+        assert events(hosts, run) == ["RunBegan", "RunStarted", "TaskResult"], "before the act"
+    assert locked(hosts) == {}
+    first, *_, last = journal(hosts, run)
+    assert (first["verb"], first["intent"], first["argv"], first["hosts"], first["service"]) == (
+        "update-model", V2, ["update-model", "--version", "v2"], list(HOSTS), "chat")
+    assert "token" not in first["holder"]
+    assert (last["event"], last["exit_code"], last["code"]) == ("RunEnded", 0, "")
+    local = (fleet.directory / ".opsctl/runs" / run / "journal.ndjson").read_text().splitlines()
+    assert [json.loads(line) for line in local] == journal(hosts, run)
+    assert isinstance(seen[0], RunStarted)
+
+
+def test_a_phase_begins_when_the_journal_is_safe(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    with running.running(task(fleet), discard) as work:
+        work.emit(PhaseStarted("Preflight"))
+        assert events(hosts, work.run.name)[-1] == "PhaseStarted"
+
+
+@pytest.mark.parametrize(("error", "code", "word", "unfinished"), [
+    (RefusedError("a.b", "no."), 5, "a.b", False), (PausedError("c.d", "later."), 8, "c.d", True),
+    (MixedError("e.f", "half."), 7, "e.f", False), (KeyboardInterrupt(), 130, "interrupted", True),
+    (ValueError("bug"), 1, "", False),
+])
+def test_how_it_ended_is_written_in_every_case(fleet: Fleet, hosts: dict[str, RunsHost], error: BaseException,
+                                               code: int, word: str, unfinished: bool) -> None:
+    with pytest.raises(type(error)), running.running(task(fleet), discard):
+        raise error
+    run = read_runs(fleet)[0]
+    assert (run.exit_code, run.code, run.unfinished) == (code, word, unfinished)
+    assert locked(hosts) == {}
+
+
+def test_a_no_to_the_plan_leaves_nothing_to_resume(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    with pytest.raises(Declined), running.running(task(fleet), discard):
+        raise Declined
+    run = read_runs(fleet)[0]
+    assert (run.exit_code, run.closed, run.unfinished) == (130, "declined", False)
+
+
+def test_the_same_command_continues_under_the_same_name(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    run = cut_off(fleet, V2, monkeypatch)
+    later(hosts)
+    seen: list[Event] = []
+    with running.running(task(fleet), seen.append) as work:
+        assert work.run.name == run
+        assert set(locked(hosts).values()) == {run}
+    assert events(hosts, run) == ["RunBegan", "RunStarted", "Note", "RunContinued", "RunStarted", "Note", "RunEnded"]
+    assert not read_runs(fleet)[0].unfinished
+    notes = [event.message for event in seen if isinstance(event, Note)]
+    assert f"continues run {run} of bob@bobs-laptop" in notes[1]
+    assert "took over the lock" in notes[0]
+
+
+def test_as_long_as_its_controller_lives_it_is_locked(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    run = cut_off(fleet, V2, monkeypatch)
+    with pytest.raises(LockedError) as refused, running.running(task(fleet), discard):
+        pass
+    assert refused.value.code == "lock.held"
+    assert run in refused.value.message
+    assert len(read_runs(fleet)) == 1, "who was refused is no run"
+
+
+def test_another_command_is_refused_and_told_which_run(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    run = cut_off(fleet, V2, monkeypatch)
+    later(hosts)
+    with pytest.raises(LockedError) as refused, running.running(task(fleet, V3), discard):
+        pass
+    assert (refused.value.code, refused.value.exit_code) == ("run.unfinished", ExitCode.LOCKED)
+    assert "update-model of chat by bob@bobs-laptop" in refused.value.message
+    assert f"opsctl resume {run}" in refused.value.hint
+    assert locked(hosts) == {}
+
+
+def test_a_rollback_takes_it_back_when_it_acts(fleet: Fleet, hosts: dict[str, RunsHost], monkeypatch: pytest.MonkeyPatch
+                                               ) -> None:
+    run = cut_off(fleet, V2, monkeypatch)
+    later(hosts)
+    with pytest.raises(RefusedError), running.running(task(fleet, BACK), discard):
+        raise RefusedError("rollback.nowhere", "no.")
+    assert next(one for one in read_runs(fleet) if one.run == run).unfinished, "nothing was taken back"
+    with running.running(task(fleet, BACK), discard) as work:
+        work.run.about_to()
+    known = {one.run: one for one in read_runs(fleet)}
+    assert known[run].closed == f"taken back by {work.run.name}"
+    assert known[work.run.name].state == "done"
+
+
+def test_a_stage_needs_no_lock_and_is_in_nobodys_way(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    first = cut_off(fleet, STAGE, monkeypatch)
+    with running.running(task(fleet, V2), discard), running.running(task(fleet, STAGE), discard) as work:
+        assert work.run.name not in locked(hosts).values()
+    known = {one.run: one for one in read_runs(fleet)}
+    assert known[first].closed == f"done by {work.run.name}"
+
+
+def test_a_run_that_is_named_goes_on_though_it_failed(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    with pytest.raises(MixedError), running.running(task(fleet), discard) as first:
+        raise MixedError("x.y", "half.")
+    with running.running(task(fleet, wanted=first.run.name), discard) as again:
+        assert again.run.name == first.run.name
+
+
+def test_who_lost_a_lock_writes_no_end_over_somebody_elses_run(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(locking.Locks.__init__, "__kwdefaults__",
+                        {**locking.Locks.__init__.__kwdefaults__, "clock": lambda: clock[0]})
+    with pytest.raises(LockedError) as lost, running.running(task(fleet), discard) as work:
+        later(hosts)
+        clock[0] += 61
+        with monkeypatch.context() as patch:
+            patch.setattr(running, "me", lambda run, verb: holder("bob", run))
+            with running.running(task(fleet), discard) as bobs:
+                assert bobs.run.name == work.run.name
+                with pytest.raises(LockedError):
+                    work.run.about_to()
+        work.run.about_to()
+    assert lost.value.code == "lock.lost"
+    assert [line["by"] for line in journal(hosts, work.run.name) if line["event"] == "RunEnded"] == ["bob@bobs-laptop"]
+    local = (work.run.directory / "journal.ndjson").read_text()
+    assert '"lock.lost"' in local
+
+
+def test_a_broken_run_stops_at_its_next_act(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    with pytest.raises(LockedError) as lost, running.running(task(fleet), discard) as work:
+        running.close_run(fleet, read_runs(fleet)[0], "its locks were broken", "bob@desk")
+        work.emit(Note("on I go"))
+        work.run.about_to()
+    assert lost.value.code == "run.diverged"
+    assert not read_runs(fleet)[0].unfinished
+
+
+def test_a_gateway_that_stops_answering_is_told_once_and_gets_its_lines_later(
+        fleet: Fleet, hosts: dict[str, RunsHost], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opsctl.runs.journal.AGAIN_S", 0.0)
+    seen: list[Event] = []
+    with running.running(task(fleet), seen.append) as work:
+        hosts["ops-1"].silent = "host.unreachable"
+        for number in range(3):
+            work.emit(Note(f"act {number}"))
+            work.run.about_to()
+        assert len([event for event in seen if isinstance(event, Note) and "journal" in event.message]) == 1
+        hosts["ops-1"].silent = ""
+        work.run.about_to()
+    messages = [line.get("message", "") for line in journal(hosts, work.run.name)]
+    assert [message for message in messages if message.startswith("act")] == ["act 0", "act 1", "act 2"]
+    assert events(hosts, work.run.name)[-1] == "RunEnded"
+
+
+def test_before_the_gateway_has_an_agent_lines_wait_without_a_word(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opsctl.runs.journal.AGAIN_S", 0.0)
+    for host in hosts.values():
+        host.bare = True
+    seen: list[Event] = []
+    with running.running(task(fleet, {"verb": "provision"}), seen.append) as work:
+        work.emit(PhaseStarted("Preflight"))
+        for host in hosts.values():
+            host.bare = False
+        work.emit(PhaseStarted("agent"))
+        assert events(hosts, work.run.name) == ["RunBegan", "RunStarted", "PhaseStarted", "PhaseStarted"]
+    assert [event for event in seen if isinstance(event, Note)] == []
+    assert not read_runs(fleet)[0].unfinished
+
+
+def test_held_hosts_are_left_alone_and_shown(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    host_holds.put(hosts["ops-1"].paths, "gpu-2", "ann@desk", "RMA")
+    seen: list[Event] = []
+    with running.running(task(fleet), seen.append) as work:
+        assert [host.name for host in work.hosts] == ["gpu-1", "gpu-3"]
+        assert "gpu-2" not in locked(hosts)
+    note = next(event for event in seen if isinstance(event, Note))
+    assert note.host == "gpu-2"
+    assert note.message.startswith("left alone, on hold by ann@desk since 2")
+    assert note.message.endswith(": RMA")
+
+
+@pytest.mark.parametrize(("held", "limit"), [(("gpu-2",), "gpu-2,gpu-1"), (HOSTS, ""), (HOSTS, "gpu")])
+def test_a_held_host_that_is_named_or_nothing_else_is_refused(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                              held: tuple[str, ...], limit: str) -> None:
+    for name in held:
+        host_holds.put(hosts["ops-1"].paths, name, "ann@desk", "RMA")
+    with pytest.raises(LockedError) as refused, running.running(task(fleet, limit=limit), discard):
+        pass
+    assert (refused.value.code, refused.value.exit_code) == ("host.on_hold", ExitCode.LOCKED)
+    assert "opsctl release gpu-" in refused.value.hint
+    assert locked(hosts) == {}
+
+
+def test_a_pattern_that_meets_a_held_host_goes_on_without(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    host_holds.put(hosts["ops-1"].paths, "gpu-2", "ann@desk", "RMA")
+    with running.running(task(fleet, limit="gpu-*"), discard) as work:
+        assert list(work.held) == ["gpu-2"]
+
+
+MODULE = {"what": "ansible", "pid": 7, "unit": "", "command": "python3 AnsiballZ_apt.py"}
+DPKG = {"what": "dpkg", "pid": 8, "unit": "", "command": "apt-get upgrade"}
+
+
+def test_what_an_earlier_controller_left_is_waited_for(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(busy.wait_until_idle, "__defaults__", (lambda: 0.0, lambda _: None))
+    hosts["gpu-2"].busy = [[MODULE], [MODULE], []]
+    seen: list[Event] = []
+    with running.running(task(fleet), seen.append):
+        assert hosts["gpu-2"].busy == []
+    notes = [event for event in seen if isinstance(event, Note)]
+    assert [(note.host, note.message) for note in notes] == [
+        ("gpu-2", "busy, waiting for it to end: a task of an earlier provision (process 7)")]
+    assert any(isinstance(event, Progress) for event in seen)
+
+
+def test_a_dpkg_stops_a_provision_and_no_update(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(0, 10_000, 300))
+    monkeypatch.setattr(busy.wait_until_idle, "__defaults__", (lambda: float(next(ticks)), lambda _: None))
+    hosts["gpu-2"].busy = [[DPKG]] * 9
+    with running.running(task(fleet), discard):
+        pass
+    with pytest.raises(PausedError) as paused, running.running(task(fleet, {"verb": "provision"}), discard):
+        pass
+    assert paused.value.code == "host.busy"
+    assert "packages are being installed (process 8)" in paused.value.message
+    assert read_runs(fleet)[0].unfinished
+
+
+def test_without_the_gateway_a_rollback_goes_on(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    hosts["ops-1"].silent = "host.unreachable"
+    host_holds.put(hosts["gpu-2"].paths, "gpu-2", "ann@desk", "RMA")
+    with running.running(task(fleet, BACK), discard) as work:
+        assert set(locked(hosts)) == {"gpu-1", "gpu-3"}
+        assert list(work.held) == ["gpu-2"], "its own copy counts"
+    with pytest.raises(OpsctlError) as refused, running.running(task(fleet, V2), discard):
+        pass
+    assert refused.value.code == "host.unreachable"
+
+
+def test_one_who_is_refused_leaves_no_trace(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    hosts["ops-1"].silent = "host.unreachable"
+    with pytest.raises(RefusedError), running.running(task(fleet, V2), discard):
+        pass
+    assert not (fleet.directory / ".opsctl/runs").exists()
+    assert replace(task(fleet), limit="x").verb == "update-model"
