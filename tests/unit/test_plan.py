@@ -10,9 +10,11 @@ import pytest
 import yaml
 from rich.console import Console
 
+from opsctl import looking_ahead
 from opsctl.cli.plan import plan_view, rows_of, tally
-from opsctl.engines.events import TaskResult
-from opsctl.errors import ExitCode
+from opsctl.engines.ansible import PlaybookOutcome
+from opsctl.engines.events import Event, TaskResult
+from opsctl.errors import ExitCode, RefusedError
 from opsctl.fleet.model import Fleet, Host, Service
 from opsctl.fleet.placements import place
 from opsctl.planning import (
@@ -92,6 +94,7 @@ class TestFirstChanges:
         assert "Enable the instances, and start those that have a release and keep it" in tasks
         assert "Drain, stop and forget the instances that left, after their last streams" not in tasks
         assert "Take the gateway's bundle away from apt" not in tasks
+        assert "Compare the agent's files with what its wheel recorded" not in tasks  # it looks, and changes nothing
 
     def test_root_needs_no_sudo_rule_and_upstream_no_source(self) -> None:
         changes = first_changes(replace(FLEET, package_source="upstream"), GPU, ("base",), "root")
@@ -168,6 +171,36 @@ FRESH = HostPlan("gpu-1", "fresh", ("base", "agent", "inference"),
 SAME = HostPlan("ops-1", "provisioned")
 SILENT = HostPlan("gpu-2", "unreachable", why="gpu-2: no route to host")
 START = Step("first start", "gpu-1", "chat", "v1", "chat.0", 450_900)
+
+
+def test_bare_hosts_are_asked_the_preflight_alone_and_the_others_all_in_check_mode(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check mode would end at a bare host's first package, and the whole plan with it."""
+    fleet = replace(FLEET, directory=tmp_path, hosts=(*FLEET.hosts, Host("gpu-2", "10.0.0.12", ("gpu",))))
+    asked: list[tuple[str, tuple[str, ...], Any]] = []
+
+    def play(playbook: Path, **how: Any) -> PlaybookOutcome:
+        assert how["check"] is True
+        asked.append((playbook.name, how["limit"], how["variables"]["opsctl_roles_to_come"]))
+        if playbook.name == "site.yml":
+            how["emit"](TaskResult("ops-1", "agent : Write it.", "changed"))
+        return PlaybookOutcome(check=True)
+
+    monkeypatch.setattr(looking_ahead, "run_playbook", play)
+    monkeypatch.setattr(looking_ahead, "verify_bundle", lambda *_: None)
+    monkeypatch.setattr(looking_ahead, "_steps", lambda *_: ())
+    monkeypatch.setattr(looking_ahead, "on_each", lambda *_: {
+        "ops-1": looking_ahead.Found("ann", ("load_balancer",), agent=True),
+        "gpu-1": looking_ahead.Found("ann", roles_for(FLEET, GPU), agent=False),
+        "gpu-2": RefusedError("host.unreachable", "gpu-2: no route to host")})
+    heard: list[Event] = []
+    plan = looking_ahead.plan(looking_ahead.Question(fleet, fleet.hosts, tmp_path), heard.append)
+    assert asked == [("preflight.yml", ("gpu-1",), {}),
+                     ("site.yml", ("ops-1",), {"ops-1": ["load_balancer"]})]
+    assert [(host.host, host.state) for host in plan.hosts] == [
+        ("ops-1", "provisioned"), ("gpu-1", "fresh"), ("gpu-2", "unreachable")]
+    assert {change.role for change in plan.hosts[0].changes} == {"agent", "load_balancer"}
+    assert not [event for event in heard if isinstance(event, TaskResult)], "a plan says of nothing that it was changed"
 
 
 @pytest.mark.parametrize(("plan", "skip", "code"), [
