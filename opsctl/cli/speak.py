@@ -32,7 +32,7 @@ Inventory = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", hidden=True)]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-NOT_KEPT = ("inventory", "yes", "as_json", "debug", "ask_become_pass", "only_plan")
+NOT_KEPT = ("inventory", "as_json", "debug", "ask_become_pass", "only_plan")
 Limit = Annotated[str, typer.Option("--limit", help="Only these hosts: a host pattern, as Ansible's.")]
 
 

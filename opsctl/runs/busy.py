@@ -13,7 +13,8 @@ from typing import Any
 from opsctl.engines.events import Emit, Note, Progress
 from opsctl.errors import OpsctlError, PausedError
 from opsctl.releases.remote import ask
-from opsctl.runs.locking import NO_AGENT, Locks, Place
+from opsctl.runs.journal import NO_AGENT
+from opsctl.runs.locking import Locks, Place
 
 PATIENCE_S = 600.0
 LOOK_EVERY_S = 2.0

@@ -18,6 +18,7 @@ from opsctl.fleet.placements import gateway as gateway_of
 from opsctl.fleet.select import SEPARATOR
 from opsctl.releases.books import SILENT
 from opsctl.releases.remote import ask
+from opsctl.runs.journal import NOT_YET
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def read(fleet: Fleet, hosts: Sequence[Host]) -> dict[str, Hold]:
         with Session(fleet, gateway) as session:
             return holds_of(ask(session, ["holds"], host=gateway.name))
     except OpsctlError as error:
-        if error.code not in SILENT:
+        if error.code not in (*SILENT, *NOT_YET):
             raise
     found: dict[str, Hold] = {}
     others = [host for host in hosts if host.name != gateway.name]

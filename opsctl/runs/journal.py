@@ -27,6 +27,7 @@ from opsctl.releases.remote import ask
 PRIVATE = 0o700
 TIMEOUT_S = 20.0
 NO_AGENT = "host.no_answer"
+NOT_YET = (NO_AGENT, "host.no_sudo")  # a host before its first provision, which brings both
 AGAIN_S = 10.0  # a gateway that did not answer is not asked at once again
 
 
@@ -132,7 +133,7 @@ class Journal:
 
     def _miss(self, error: OpsctlError) -> None:
         """One word for all that is missed in a row; none before the gateway has an agent: this run may bring it."""
-        if self._told or (error.code == NO_AGENT and not self._answered):
+        if self._told or (error.code in NOT_YET and not self._answered):
             return
         self._told = True
         self._emit(Note(f"the journal of this run stays on this machine until the gateway takes it: {error.message}",

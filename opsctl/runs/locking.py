@@ -12,7 +12,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from opsctl.releases.books import SILENT
 from opsctl.releases.remote import ask, unreachable
 from opsctl.runs import bare, judge
 from opsctl.runs.identity import Holder, alive, holder_of
+from opsctl.runs.journal import NO_AGENT, NOT_YET
 from opsctl.runs.judge import Verdict
 
 HOST = "host"
@@ -34,7 +34,6 @@ TIMEOUT_S = 15.0
 FAREWELL_S = 4.0
 WORKERS = 32
 LOST = "lock.lost"
-NO_AGENT = "host.no_answer"
 PROCESS_GONE, NO_BEAT = "that process is gone", "no heartbeat for a minute"
 
 How = Literal["none", "agent", "bare"]
@@ -93,7 +92,6 @@ class Locks:
         self._lost: LockedError | None = None
         self._done = threading.Event()
         self._beats: threading.Thread | None = None
-        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="lock")
 
     @property
     def places(self) -> list[Place]:
@@ -143,9 +141,7 @@ class Locks:
         if self._done.is_set():
             return
         self._done.set()
-        wait([self._pool.submit(self._drop, place) for place in self.places if place.how != "none"],
-             timeout=FAREWELL_S * 2)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        at_once([place for place in self.places if place.how != "none"], self._drop, patience_s=FAREWELL_S * 2)
         for place in self.places:
             place.session.close()
 
@@ -240,7 +236,7 @@ class Locks:
         return judge.lock(holder, self.holder, lives=alive(holder), beat_s=float(document.get("beat_s") or 0))
 
     def _without_gateway(self, place: Place, error: OpsctlError) -> None:
-        if error.code == NO_AGENT and self._allow_bare:  # the first provision: the hosts' own locks do
+        if error.code in NOT_YET and self._allow_bare:  # the first provision: the hosts' own locks do
             return
         if error.code not in SILENT:
             raise error
@@ -258,7 +254,7 @@ class Locks:
             try:
                 self._each(self.places, self._beat)
                 self.meanwhile()
-            except (OpsctlError, RuntimeError):  # told at the next check; the pool is closed when the run has ended
+            except OpsctlError:  # told at the next check
                 continue
 
     def _beat(self, place: Place) -> None:
@@ -310,9 +306,34 @@ class Locks:
             place.how = "none"
 
     def _each(self, places: Sequence[Place], function: Callable[[Place], Any]) -> list[Any]:
-        if len(places) == 1:
-            return [function(places[0])]
-        return list(self._pool.map(function, places))
+        return at_once(places, function)
+
+
+def at_once(places: Sequence[Place], function: Callable[[Place], Any], patience_s: float | None = None) -> list[Any]:
+    """The answers in the order of ``places``; raises the first error. ``patience_s``: how long to wait for all of them.
+
+    Threads of our own and daemons: one that hangs on a dead host keeps no process from ending.
+    """
+    answers: list[Any] = [None] * len(places)
+    errors: list[Exception] = []
+    left = iter(list(enumerate(places)))
+
+    def work() -> None:
+        for at, place in left:
+            try:
+                answers[at] = function(place)
+            except Exception as error:  # noqa: BLE001 - raised below, by whoever asked
+                errors.append(error)
+
+    threads = [threading.Thread(target=work, name="lock", daemon=True) for _ in places[:WORKERS]]
+    for thread in threads:
+        thread.start()
+    until = None if patience_s is None else time.monotonic() + patience_s
+    for thread in threads:
+        thread.join(None if until is None else max(0.0, until - time.monotonic()))
+    if errors and patience_s is None:
+        raise errors[0]
+    return answers
 
 
 def _held(places: Sequence[Place], document: dict[str, Any]) -> LockedError:

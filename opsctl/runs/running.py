@@ -25,7 +25,7 @@ from opsctl.releases.remote import ask
 from opsctl.runs import Declined, busy, holding, judge
 from opsctl.runs.holding import Hold
 from opsctl.runs.identity import Holder, me
-from opsctl.runs.journal import Journal, Run, make_directory, new_name
+from opsctl.runs.journal import NOT_YET, Journal, Run, make_directory, new_name
 from opsctl.runs.judge import Begin, Blocked, Continue, Known
 from opsctl.runs.locking import LOST, Locks
 
@@ -107,7 +107,7 @@ def read_runs(fleet: Fleet, *, optional: bool = False, limit: int = 0) -> tuple[
         with Session(fleet, gateway) as session:
             return judge.known(ask(session, ["runs", *(["--limit", str(limit)] if limit else [])], host=gateway.name))
     except OpsctlError as error:
-        if optional and error.code in SILENT:
+        if optional and error.code in (*SILENT, *NOT_YET):
             return ()
         raise
 

@@ -328,3 +328,70 @@ def test_one_who_is_refused_leaves_no_trace(fleet: Fleet, hosts: dict[str, RunsH
         pass
     assert not (fleet.directory / ".opsctl/runs").exists()
     assert replace(task(fleet), limit="x").verb == "update-model"
+
+
+def mover_of(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, lose_after: int) -> tuple[Any, list[str]]:
+    """A move whose lock is lost at the check after so many; and the verbs that its host was asked."""
+    from opsctl.releases import roll
+    from opsctl.releases.plan import Step
+
+    asked: list[str] = []
+    checks = iter(range(100))
+
+    def check() -> None:
+        if next(checks) >= lose_after:
+            raise LockedError("lock.lost", "taken by bob.")
+
+    def ask(_: object, verb: Any, host: str) -> dict[str, Any]:
+        asked.append(verb[0])
+        return {"state": {"instances": [{"instance": "chat.0", "unit": "active", "voice": "up"}], "drains": []},
+                "idle": {"idle": True, "running": 0, "waiting": 0}}.get(verb[0], {"weight": 100})
+
+    monkeypatch.setattr(roll, "ask", ask)
+    monkeypatch.setattr(roll, "carry_out", lambda *_, **__: asked.append("cutover") or {})
+    step = Step(host="gpu-1", instance="chat.0", now="v1-aaaaaaaaaaaa", next="v2-bbbbbbbbbbbb", action="move",
+                serving=True, wave=1, back="v1-aaaaaaaaaaaa")
+    settings = roll.Settings("R1", 60, 50, check=check)
+    return roll._Mover(replace(fleet, load_balancer="none"), step, settings, discard, roll.threading.Event(),
+                       roll.Timing()), asked
+
+
+@pytest.mark.parametrize(("lose_after", "acts"), [(0, set()), (2, {"drain"})])
+def test_a_move_that_lost_its_lock_touches_nothing_more(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, lose_after: int,
+                                                        acts: set[str]) -> None:
+    mover, asked = mover_of(fleet, monkeypatch, lose_after)
+    with mover, pytest.raises(LockedError) as lost:
+        mover.move(back=False)
+    assert lost.value.code == "lock.lost"
+    assert set(asked) - {"state", "idle"} == acts
+
+
+def test_a_rollout_that_lost_its_lock_begins_nothing(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    from opsctl.releases import roll
+    from opsctl.releases.plan import Step
+    from opsctl.releases.rollout import Move, Rollout
+
+    def lost() -> None:
+        raise LockedError("lock.lost", "taken by bob.")
+
+    begun: list[object] = []
+    monkeypatch.setattr(roll._Conductor, "_serving", lambda _: frozenset())
+    monkeypatch.setattr(roll._Conductor, "_begin", lambda *step, **_: begun.append(step))
+    step = Step(host="gpu-1", instance="chat.0", now="", next="v2-bbbbbbbbbbbb", action="move", serving=False, wave=1,
+                back="")
+    with pytest.raises(LockedError):
+        roll.roll(fleet, fleet.services[0], Rollout((Move(step),), 1), roll.Settings("R1", 60, 50, about_to=lost),
+                  discard)
+    assert begun == []
+
+
+def test_a_first_provision_that_still_needs_a_password_goes_on(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    for host in hosts.values():
+        host.silent = "host.no_sudo"
+    seen: list[Event] = []
+    with running.running(task(fleet, {"verb": "provision"}), seen.append) as work:
+        for host in hosts.values():
+            host.silent = ""  # the first task has brought it
+        work.run.about_to()
+    assert [event for event in seen if isinstance(event, Note)] == []
+    assert read_runs(fleet)[0].state == "done"
