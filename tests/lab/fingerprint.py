@@ -1,9 +1,16 @@
-"""One number for the state of a host: what opsctl owns there, hashed. Equal before and after means nothing changed."""
+"""The state of a host as plain data: what opsctl owns there. Equal before and after means that nothing changed.
+
+``settled`` is for two runs that should end in the same place: without what tells one from the other, which is the time
+and the run's name.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
+
+from opsctl.releases.remote import HOST_PROGRAM
 
 SCRIPT = r'''
 import hashlib, json, os, subprocess
@@ -36,14 +43,58 @@ print(json.dumps({
 '''
 
 
-def of_host(lab, host: str) -> dict[str, object]:
+def of_host(lab: Any, host: str) -> dict[str, Any]:
     """What opsctl owns on a host, as plain data: packages, holds, units, files with modes, owners and hashes."""
     answer = lab.run(host, ["sudo", "-n", "python3", "-"], stdin=SCRIPT)
     assert answer.returncode == 0, answer.stderr
-    return json.loads(answer.stdout)
+    found: dict[str, Any] = json.loads(answer.stdout)
+    return found
 
 
-def of_fleet(lab) -> dict[str, str]:
+def of_fleet(lab: Any) -> dict[str, str]:
     """A hash for each host of the lab."""
     return {host: hashlib.sha256(json.dumps(of_host(lab, host), sort_keys=True).encode()).hexdigest()
             for host in lab.hosts}
+
+
+STARTED = "ExecMainStartTimestamp="
+DATED = ("/srv/opsctl-gateway/ledger/", "/srv/opsctl-gateway/journal/")
+
+
+def settled(lab: Any) -> dict[str, dict[str, Any]]:
+    """What each host of a lab ends with: files, packages, holds, units, drains, locks, releases, ledger, weights."""
+    return {host: _settled(lab, host) for host in lab.hosts}
+
+
+def _settled(lab: Any, host: str) -> dict[str, Any]:
+    found = of_host(lab, host)
+    state = _ask(lab, host, "state", "--json")
+    found["units"] = {unit: [line for line in shown.splitlines() if not line.startswith(STARTED)]
+                      for unit, shown in found["units"].items()}
+    for tree in found["files"].values():
+        for path in [path for path in tree if path.startswith(DATED)]:
+            del tree[path]
+    found["instances"] = [[one[key] for key in ("instance", "release", "health", "weight", "unfinished")]
+                          for one in state["instances"]]
+    found["drains"] = state["drains"]
+    found["locks"] = _ask(lab, host, "locks")["locks"]
+    if host == "ops-1":
+        found["weights"] = [[row["server"], row["weight"], row["status"].split()[0]]
+                            for row in _ask(lab, host, "balancer")["servers"]]
+        found["ledger"] = [[line["action"], line["version"], line["digest"]]
+                           for line in _ask(lab, host, "ledger-show", "--service", "chat")["lines"]]
+    return found
+
+
+def _ask(lab: Any, host: str, *verb: str) -> Any:
+    answer = lab.run(host, ["sudo", "-n", HOST_PROGRAM, *verb])
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    return json.loads(answer.stdout)
+
+
+def differences(expected: Any, found: Any, where: str = "") -> list[str]:
+    """One line for each place where two of these differ."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        return [line for key in sorted(expected.keys() | found.keys())
+                for line in differences(expected.get(key), found.get(key), f"{where}/{key}")]
+    return [] if expected == found else [f"{where}: {expected} -> {found}"]
