@@ -137,6 +137,26 @@ def test_a_file_that_rotted_on_the_gateway_is_refused_before_anything_is_touched
     assert serving(provisioned) == ALL_ON_V1
 
 
+def test_a_release_that_does_not_fit_one_disk_is_refused_before_anything_is_touched(provisioned: Any, tmp_path: Path
+                                                                                     ) -> None:
+    model, filler = tmp_path / "mid.gguf", "/srv/opsctl/filler"
+    write_model(model, "mid", seed=7)
+    import_release(provisioned, model, "large")
+    free = int(provisioned.run("gpu-2", ["df", "-B1", "--output=avail", "/srv/opsctl"]).stdout.split()[1])
+    fill = ["sudo", "fallocate", "-l", str(free - model.stat().st_size // 2), filler]
+    before = {host: fingerprint.of_host(provisioned, host) for host in GPU_HOSTS}
+    assert provisioned.run("gpu-2", fill).returncode == 0
+    try:
+        with nobody_notices(provisioned):
+            said = update(provisioned, "large")
+    finally:
+        provisioned.run("gpu-2", ["sudo", "rm", "-f", filler])
+    error = failed(said, 5, "host.disk_full")
+    assert "gpu-2 would fetch" in error["message"]
+    assert {host: fingerprint.of_host(provisioned, host) for host in GPU_HOSTS} == before
+    assert serving(provisioned) == ALL_ON_V1
+
+
 @contextmanager
 def reloaded_agent(lab: Any, host: str) -> Iterator[None]:
     try:
