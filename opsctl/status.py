@@ -19,6 +19,7 @@ from opsctl.engines.session import Session, on_each
 from opsctl.errors import OpsctlError
 from opsctl.fleet.model import Fleet, Host, Placement
 from opsctl.fleet.placements import gateway, place
+from opsctl.runs.holding import Hold, holds_of
 
 HOST_PROGRAM = "/opt/opsctl/agent/bin/opsctl-host"
 SERVING = "serving"
@@ -131,7 +132,22 @@ def rows(fleet: Fleet, hosts: Sequence[Host], states: Mapping[str, Mapping[str, 
             found += [_instance_row(host, placement, state, (ledgers or {}).get(placement.service, ()))
                       for placement in mine] or [
                 Row(host.name, host.groups, state=UP)]
-    return found
+    holds = _holds(fleet, hosts, states)
+    return [_with_hold(row, holds[row.host]) if row.host in holds else row for row in found]
+
+
+def _holds(fleet: Fleet, hosts: Sequence[Host], states: Mapping[str, Mapping[str, Any] | OpsctlError]
+           ) -> dict[str, Hold]:
+    """Holds by host: as the gateway says when it was asked and answers, else as each host says of itself."""
+    told = {host.name: holds_of(state) for host in hosts
+            if not isinstance(state := states[host.name], OpsctlError) and "holds" in state}
+    main = gateway(fleet).name
+    return told[main] if main in told else {name: known[name] for name, known in told.items() if name in known}
+
+
+def _with_hold(row: Row, hold: Hold) -> Row:
+    """Runs leave its host alone: that stands in the note."""
+    return replace(row, note=f"{row.note}; {hold.words}" if row.note else f"{row.host}: {hold.words}")
 
 
 def _instance_row(host: Host, placement: Placement, state: Mapping[str, Any], lines: Sequence[Line]) -> Row:

@@ -36,7 +36,7 @@ def gc(context: typer.Context, inventory: Inventory = None, service: ServiceOpti
         from opsctl.fleet.ssh_config import write_ssh_config
         from opsctl.releases.books import keepers
         from opsctl.runs import holding
-        from opsctl.runs.running import Task, running
+        from opsctl.runs.running import Task, is_unfinished, running
 
         fleet = read_fleet(find_inventory(inventory))
         chosen = {host.name for host in select_hosts(fleet, limit)}
@@ -50,9 +50,10 @@ def gc(context: typer.Context, inventory: Inventory = None, service: ServiceOpti
                         f"opsctl gc --service {name}")
         speaker.say(_table(looked.parts))
         done: dict[str, tuple[Part, ...]] = {}
+        intent = {"verb": "gc", "service": service}
         if looked.found:
             speaker.confirm(_question(looked), yes=yes)
-            intent = {"verb": "gc", "service": service}
+        if looked.found or is_unfinished(fleet, intent):  # one that was cut off at its end has to end all the same
             task = Task(fleet, hosts, intent, tuple(looked.parts), typed(context), limit, wanted_run(context))
             speaker.interrupts.careful = True
             with running(task, speaker.emit) as work:

@@ -112,6 +112,11 @@ def read_runs(fleet: Fleet, *, optional: bool = False, limit: int = 0) -> tuple[
         raise
 
 
+def is_unfinished(fleet: Fleet, intent: Mapping[str, Any]) -> bool:
+    """Whether a run that wanted the same did not end; a gateway that does not answer knows of none."""
+    return any(run.unfinished and run.intent == intent for run in read_runs(fleet, optional=True))
+
+
 def close_run(fleet: Fleet, run: Known, why: str, by: str) -> None:
     """Nobody is to resume it any more.
 

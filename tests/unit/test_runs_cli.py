@@ -26,11 +26,10 @@ audit.record = lambda *_: None
 sys.exit(host.main())
 """
 SERVICES = """\
-services:
-  chat:
-    group: gpu
-    port: 8100
-    listen: 8000
+chat:
+  group: gpu
+  port: 8100
+  listen: 8000
 """
 
 
@@ -71,6 +70,10 @@ def place(tmp_path: Path) -> Iterator[Place]:
             f"one ansible_host=127.0.0.1 ansible_port={server.port} ansible_user=ann "
             f"ansible_ssh_private_key_file={key}\n"
             + "".join(f"[{group}]\none\n" for group in ("gpu", "lb", "monitor", "gateway")))
+        settings = tmp_path / "root/etc/opsctl/agent.toml"
+        settings.parent.mkdir(parents=True)
+        settings.write_text('host = "one"\nlisten = "127.0.0.1"\nagent_check_port = 9777\n'
+                            'gateway_url = "http://127.0.0.1:8480"\n')
         yield Place(directory, tmp_path / "root")
 
 
@@ -93,6 +96,14 @@ def test_holds_runs_and_resume(place: Place) -> None:
     resumed = place.opsctl("resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "opsctl gc --yes   (run R1, begun by bob@desk)" in resumed.stderr
+    (run,) = place.document("runs")["runs"]
+    assert (run["run"], run["state"], run["exit_code"]) == ("R1", "done", 0)
+    assert place.document("lock", "status")["locks"] == []
+    events = [json.loads(line)["event"] for line in
+              (place.root / "var/lib/opsctl/runs/R1.ndjson").read_text().splitlines()]
+    assert (events[:2], events[-1]) == (["RunBegan", "RunContinued"], "RunEnded")
+
+    place.write_run("R1", began)
     said = place.opsctl("lock", "break", "R1", "--json")
     assert said.returncode == 2, "it asks"
     assert place.document("lock", "break", "R1", "--yes")["closed"] is True

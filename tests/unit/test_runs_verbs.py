@@ -168,3 +168,18 @@ def test_a_bare_machine_is_unlocked_too(fleet: Fleet, hosts: dict[str, RunsHost]
     assert breaking.break_run(fleet, found, "R1", discard) == (found, False)
     assert breaking.all_locks(fleet)[0] == []
     mine.drop()
+
+
+def test_status_shows_a_hold_also_of_a_host_that_is_off(fleet: Fleet) -> None:
+    from opsctl.status import rows
+
+    held = {"host": "gpu-2", "by": "ann@desk", "message": "RMA", "since": "2026-11-22T03:15:00Z", "until": None}
+    off = OpsctlError("host.unreachable", "gpu-2 does not answer.")
+    states: dict[str, Any] = {name: {"instances": [], "holds": []} for name in ("gpu-1", "gpu-3")}
+    states |= {"ops-1": {"instances": [], "holds": [held]}, "gpu-2": off}
+    notes = {row.host: row.note for row in rows(fleet, fleet.hosts, states)}
+    assert notes["gpu-2"] == "gpu-2 does not answer.; on hold by ann@desk since 2026-11-22 03:15: RMA"
+    states |= {"ops-1": off, "gpu-2": {"instances": [], "holds": [held]}}
+    notes = {row.host: row.note for row in rows(fleet, fleet.hosts, states)}
+    assert "RMA" in notes["gpu-2"]
+    assert "RMA" not in notes["gpu-1"]
