@@ -94,7 +94,7 @@ def unreachable(silent: Mapping[str, OpsctlError]) -> RefusedError:
     return RefusedError(
         "host.unreachable", f"{', '.join(names)} {'does' if len(names) == 1 else 'do'} not answer over SSH; "
         "nothing was changed.",
-        hint=f"leave out: --limit '!{names[0]}' or --skip-unreachable {len(names)}; "
+        hint=f"leave out: opsctl hold {names[0]}, --limit '!{names[0]}' or --skip-unreachable {len(names)}; "
         f"look: ssh -F .opsctl/ssh_config {names[0]}",
         log_tail=tuple(error.message for error in silent.values()),
     )

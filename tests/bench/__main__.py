@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OPSCTL = str(BIN / "opsctl")
 REPEATS = 5
 CHANGES = 3  # there and back
+SIZES = (2, 8, 32)  # GPU hosts of a fleet
 
 
 def seconds(arguments: Sequence[str], **environment: str) -> float:
@@ -77,6 +79,7 @@ def fleet_rows(table: Table, directory: Path) -> None:
     paired(table, "status of three hosts", [OPSCTL, "status", str(inventory)], "ansible all -m ping",
            [str(BIN / "ansible"), "-i", str(inventory), "all", "-m", "ping"],
            repeats=3, ANSIBLE_CONFIG=str(fleet / "ansible.cfg"))
+    scale_rows(table, fleet)
 
 
 def change_rows(table: Table, fleet: Path) -> None:
@@ -97,6 +100,48 @@ def change_rows(table: Table, fleet: Path) -> None:
     ratio = statistics.median(home / away for home, away in zip(back, there, strict=True))
     table.add_row("rollback of two hosts", f"{statistics.median(back):.2f} s", "update-model of two hosts",
                   f"{statistics.median(there):.2f} s", f"{ratio:.2f}")
+
+
+def scale_rows(table: Table, fleet: Path) -> None:
+    """Seconds and memory of what looks at a whole fleet, against the number of its hosts."""
+    allow = "printf 'MaxStartups 100\\n' >/etc/ssh/sshd_config.d/bench.conf && systemctl reload ssh"
+    for machine in ("gpu-1", "gpu-2"):  # sixteen names each: sshd drops logins when too many come at once
+        seconds(["ssh", "-F", str(fleet / ".opsctl/ssh_config"), machine, shlex.join(["sudo", "sh", "-c", allow])])
+    planned = ["--version", "v2", "--plan", "--allow-bad"]
+    smallest: dict[str, float] = {}
+    for hosts in SIZES:
+        inventory = str(larger(fleet, hosts))
+        for what, words in (("status", ["status", inventory]),
+                            ("update-model --plan", ["update-model", inventory, *planned]),
+                            ("plan", ["plan", inventory, "--limit", "gpu"])):
+            took, mebibytes = cost([OPSCTL, *words])
+            first = smallest.setdefault(what, took)
+            table.add_row(f"{what}, {hosts} GPU hosts", f"{took:.2f} s, {mebibytes:.0f} MiB", f"{SIZES[0]} GPU hosts",
+                          f"{first:.2f} s", f"{took / first:.2f}")
+
+
+def larger(fleet: Path, hosts: int) -> Path:
+    """The inventory of a fleet of so many: names that all lead to gpu-1 and gpu-2, which answer for each of them."""
+    text = (fleet / "inventory.ini").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("gpu-") and "ansible_host=" in line]
+    names = [line.replace(" ", f"-{number} ", 1) for number in range(2, hosts // len(lines) + 1) for line in lines]
+    path = fleet / f"inventory-{hosts}.ini"
+    path.write_text(text.replace(lines[-1], "\n".join([lines[-1], *names])))
+    return path
+
+
+def cost(arguments: Sequence[str]) -> tuple[float, float]:
+    """Wall seconds and the most memory (MiB) of a command; exit 10 says that something is to do, which is well here."""
+    started = time.perf_counter()
+    with subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          text=True) as process:
+        assert process.stderr is not None
+        said = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode not in (0, 10):
+        sys.exit(f"{' '.join(arguments)}: exit {process.returncode}\n{said[-2000:]}")
+    return time.perf_counter() - started, usage.ru_maxrss / 1024
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
 """A host loses its power, or its network for 90 s, in each state of a change. The table in docs/faults.md is made of
-``CASES``: ``python -m tests.lab.test_faults`` writes it, and a unit test says when it is old.
+``CASES``: ``python tests/lab/test_faults.py`` writes it, and a unit test says when it is old.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
 from pathlib import Path
 
 from opsctl.errors import ExitCode
@@ -26,3 +28,12 @@ def test_every_make_target_the_readme_names_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"make ([a-z-]+)", README)) - {"installs"}:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_page_of_faults_is_what_the_tests_try() -> None:
+    sys.path.insert(0, str(ROOT / "tests/lab"))
+    try:
+        module = importlib.import_module("test_faults")
+    finally:
+        sys.path.pop(0)
+    assert module.PAGE.read_text() == module.page(), "python tests/lab/test_faults.py writes it"
