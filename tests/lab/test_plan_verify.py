@@ -63,8 +63,8 @@ def test_a_bare_fleet_is_planned_too(own_lab: Any) -> None:
     planned = opsctl("plan", "--json", inventory=own_lab.inventory)
     assert planned.returncode == 10, planned.stdout + planned.stderr
     assert {row["host"]: row["state"] for row in planned.document["hosts"]} == {"ops-1": "fresh", "gpu-1": "fresh"}
-    (first,) = planned.document["instances"]
-    assert (first["host"], first["instance"]) == ("gpu-1", "chat.0")
+    coming = [(row["act"], row["host"], row["instance"]) for row in planned.document["instances"]]
+    assert coming == [("publish", "ops-1", ""), ("first start", "gpu-1", "chat.0")]
     succeeds("provision", inventory=own_lab.inventory)
     after = opsctl("plan", "--json", inventory=own_lab.inventory)
     assert (after.returncode, after.document["changed"]) == (0, 0), after.stdout + after.stderr
