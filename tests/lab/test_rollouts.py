@@ -97,6 +97,7 @@ def test_a_release_that_does_not_start_goes_back_and_shows_its_log(provisioned: 
     assert json.loads(ledger)["lines"][-1]["version"] == "v1"
 
 
+@pytest.mark.slow
 def test_a_release_that_answers_other_lengths_than_asked_for_goes_back(
         provisioned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "short", Shape(2, 64, 4, 2, 128, context=24))  # it stops where its context ends
@@ -109,6 +110,7 @@ def test_a_release_that_answers_other_lengths_than_asked_for_goes_back(
     assert serving(provisioned) == ALL_ON_V1
 
 
+@pytest.mark.slow
 def test_a_release_that_is_too_slow_goes_back(provisioned: Any, tmp_path: Path) -> None:
     write_model(tmp_path / "mid.gguf", "mid")
     import_release(provisioned, tmp_path / "mid.gguf", "slow", "threads=1")
@@ -181,6 +183,7 @@ def test_a_dead_agent_pauses_before_its_host_is_touched(provisioned: Any, small:
     assert serving(provisioned) == ALL_ON_V1
 
 
+@pytest.mark.slow
 def test_a_hung_engine_pauses_at_the_deadline_and_is_back_in_service(provisioned: Any) -> None:
     """Its requests never end, so it is never empty; what the operator sees next is the engine as it was."""
     fleet = read_fleet(provisioned.inventory)
