@@ -81,6 +81,7 @@ def test_a_second_provision_changes_nothing(provisioned) -> None:
     assert " changed " not in said.stderr
 
 
+@pytest.mark.slow
 def test_plain_ansible_needs_no_opsctl(provisioned) -> None:
     """``ansible-playbook playbooks/site.yml`` from the fleet's folder does what provision does, minus releases."""
     done = subprocess.run(

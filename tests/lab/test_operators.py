@@ -19,7 +19,7 @@ from command import opsctl, refused, succeeds
 from opsctl.lab.model import write_model
 from opsctl.releases.remote import HOST_PROGRAM
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
 Two = tuple[Path, Path]
 Words = tuple[str, ...]
@@ -109,7 +109,6 @@ def test_the_second_of_two_is_told_who_is_at_work(provisioned: Any, two: Two, up
     assert locks(provisioned) == []
 
 
-@pytest.mark.slow
 def test_a_suspended_operator_wakes_up_and_does_nothing_more(provisioned: Any, two: Two, update: Words) -> None:
     ann = Operator(two[0], *update)
     ann.until("== Wave 1")
@@ -151,7 +150,6 @@ def test_ctrl_c_is_heard_at_once_and_resume_goes_on(provisioned: Any, two: Two, 
     assert "nothing to resume" in succeeds("resume", inventory=two[0]).stdout
 
 
-@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once_and_its_lock_can_be_broken(provisioned: Any, two: Two, update: Words) -> None:
     ann = Operator(two[0], *update)
     ann.until("== Wave 1")
@@ -171,7 +169,6 @@ def test_a_second_ctrl_c_leaves_at_once_and_its_lock_can_be_broken(provisioned: 
     assert releases(provisioned) == {update[2]}
 
 
-@pytest.mark.slow
 def test_a_host_on_hold_is_left_alone_and_shown(provisioned: Any, two: Two, update: Words) -> None:
     (before,) = releases(provisioned)
     succeeds("hold", "gpu-2", "--for", "2d", "-m", "RMA", inventory=two[0])

@@ -167,14 +167,22 @@ def reloaded_agent(lab: Any, host: str) -> Iterator[None]:
         assert lab.run(host, ["sudo", "systemctl", "start", "opsctl-agent"]).returncode == 0
 
 
-def test_a_dead_agent_pauses_before_its_host_is_touched(provisioned: Any, small: Path) -> None:
-    import_release(provisioned, small, "quiet", "parallel=3")
+@pytest.fixture(scope="module")
+def quiet(provisioned: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A release that nothing is wrong with, staged on both hosts."""
+    model = tmp_path_factory.mktemp("quiet") / "small.gguf"
+    write_model(model, "small")
+    import_release(provisioned, model, "quiet", "parallel=3")
     succeeds("stage", "--version", "quiet", inventory=provisioned.inventory)
+    return "quiet"
+
+
+def test_a_dead_agent_pauses_before_its_host_is_touched(provisioned: Any, quiet: str) -> None:
     with reloaded_agent(provisioned, "gpu-1"):
         assert provisioned.run("gpu-1", ["sudo", "systemctl", "stop", "opsctl-agent"]).returncode == 0
         before = fingerprint.of_host(provisioned, "gpu-1")
         with nobody_notices(provisioned):
-            said = update(provisioned, "quiet")
+            said = update(provisioned, quiet)
         error = failed(said, 8, "agent.silent")
         assert "gpu-1" in error["message"]
         assert "--via-lb" in error["hint"]
@@ -184,7 +192,7 @@ def test_a_dead_agent_pauses_before_its_host_is_touched(provisioned: Any, small:
 
 
 @pytest.mark.slow
-def test_a_hung_engine_pauses_at_the_deadline_and_is_back_in_service(provisioned: Any) -> None:
+def test_a_hung_engine_pauses_at_the_deadline_and_is_back_in_service(provisioned: Any, quiet: str) -> None:
     """Its requests never end, so it is never empty; what the operator sees next is the engine as it was."""
     fleet = read_fleet(provisioned.inventory)
     with Load(target(fleet, "chat"), clients=6, tokens=3000) as load:
@@ -195,7 +203,7 @@ def test_a_hung_engine_pauses_at_the_deadline_and_is_back_in_service(provisioned
         assert load.in_flight("gpu-1.chat.0")
         assert provisioned.run("gpu-1", ["sudo", "systemctl", "kill", "--signal=SIGSTOP", UNIT]).returncode == 0
         try:
-            said = update(provisioned, "quiet", "--drain-timeout", "6")
+            said = update(provisioned, quiet, "--drain-timeout", "6")
             error = failed(said, 8, "drain.deadline")
             assert "gpu-1.chat.0" in error["message"]
             assert "back in service" in error["message"]
@@ -208,25 +216,27 @@ def test_a_hung_engine_pauses_at_the_deadline_and_is_back_in_service(provisioned
     assert provisioned.run("gpu-1", ["timeout", "60", "sh", "-c", healthy], timeout_s=70).returncode == 0
 
 
-def test_what_an_operator_drained_is_moved_and_stays_drained(provisioned: Any) -> None:
+@pytest.mark.slow
+def test_what_an_operator_drained_is_moved_and_stays_drained(provisioned: Any, quiet: str) -> None:
     succeeds("drain", "gpu-1", "-m", "fan is replaced", "--yes", inventory=provisioned.inventory)
     try:
         # with gpu-1 away, gpu-2 is all that serves: this is an outage, and wants leave
-        assert "chat" in failed(update(provisioned, "quiet"), 5, "update.outage")["message"]
-        said = update(provisioned, "quiet", "--allow-outage")
+        assert "chat" in failed(update(provisioned, quiet), 5, "update.outage")["message"]
+        said = update(provisioned, quiet, "--allow-outage")
         assert said.returncode == 0, said.stderr
-        assert instance(provisioned, "gpu-1")["release"] == "quiet"
+        assert instance(provisioned, "gpu-1")["release"] == quiet
         drains = state(provisioned, "gpu-1")["drains"]
         assert [(drain["owner"].partition(":")[0], drain["weight"]) for drain in drains] == [("operator", 0)]
-        assert serving(provisioned)["gpu-2"] == ("quiet", "healthy", 100)
+        assert serving(provisioned)["gpu-2"] == (quiet, "healthy", 100)
     finally:
         succeeds("undrain", "gpu-1", inventory=provisioned.inventory)
     back = opsctl("rollback", "--yes", "--json", inventory=provisioned.inventory)
     assert back.returncode == 0, back.stderr
-    assert (back.document["to"], back.document["bad"]) == ("v1", ["quiet"])
+    assert (back.document["to"], back.document["bad"]) == ("v1", [quiet])
     assert serving(provisioned) == ALL_ON_V1
 
 
+@pytest.mark.slow
 def test_a_release_marked_bad_wants_leave(provisioned: Any) -> None:
     said = opsctl("update-model", "--version", "quiet", "--yes", "--json", inventory=provisioned.inventory)
     assert "quiet" in refused(said, 5, "release.bad")
