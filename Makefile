@@ -35,10 +35,10 @@ demo: setup
 test: test-unit test-lab
 
 test-unit: setup
-	$(BIN)/pytest -m "not slow and not lab" --numprocesses auto
+	$(BIN)/pytest -m "not slow and not lab" --numprocesses auto --durations=10
 
 test-lab: setup
-	$(BIN)/pytest -m "lab and not slow"
+	$(BIN)/pytest -m "lab and not slow" --durations=15
 
 test-slow: setup
 	$(BIN)/pytest -m slow

@@ -18,15 +18,16 @@ from opsctl.agent.pace import LEAST_BYTES_PER_S
 from opsctl.engines.events import Emit, Note, PhaseStarted, TaskResult, one_at_a_time
 from opsctl.engines.pyinfra import HostFacts, Order, Worker, carry_out, gather
 from opsctl.engines.session import Session, on_each
-from opsctl.errors import OpsctlError, RefusedError, UsageError
+from opsctl.errors import OpsctlError, PausedError, RefusedError, UsageError
 from opsctl.fleet.model import Fleet, Host, Service
 from opsctl.fleet.placements import gateway as gateway_of
 from opsctl.releases.publish import publish
 from opsctl.releases.remote import ask, unreachable
 from opsctl.releases.store import releases_of, reporting, verify_release
-from opsctl.releases.watch import OUT_OF_REACH, watch
+from opsctl.releases.watch import LOST, OUT_OF_REACH, watch
 
 WATCHERS = 128  # hosts that are watched at once; more are staged all the same
+BOOTS = 3  # of a host while it stages; it goes on after each but the last
 RATE = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>[KMGT])(B(/s)?)?", re.IGNORECASE)
 UNITS = {"K": 10 ** 3, "M": 10 ** 6, "G": 10 ** 9, "T": 10 ** 12}
 
@@ -234,10 +235,19 @@ def _carry_out(fleet: Fleet, hosts: Sequence[Host], service: Service, release: s
     look = ["stage-status", "--service", service.name, "--release", release]
 
     def one(session: Session) -> Document:
-        first = begun[session.host.name]
-        if isinstance(first, OpsctlError):
-            raise first
-        return watch(session, look, what, emit, first=first)
+        name = session.host.name
+        first = begun[name]
+        for left in reversed(range(BOOTS)):
+            if isinstance(first, OpsctlError):
+                raise first
+            try:
+                return watch(session, look, what, emit, first=first)
+            except OpsctlError as error:
+                if error.code != LOST or not left:
+                    raise
+            emit(Note(f"{what} was cut off, its host booted most likely: it goes on where it was", "warning", name))
+            first = next(iter(carry_out(fleet, [order for order in orders if order.host == name], emit).values()))
+        raise AssertionError  # not reached: the last one raises or returns
 
     return on_each(fleet, hosts, one, workers=WATCHERS)
 
@@ -246,6 +256,8 @@ def _failure(errors: Sequence[OpsctlError], well: Sequence[str]) -> OpsctlError:
     """One error for hosts that failed, of their kind when they are all of one kind. Serving is as it was."""
     first = errors[0]
     kind = type(first) if len({type(error) for error in errors}) == 1 else OpsctlError
+    if all(error.code in (*OUT_OF_REACH, LOST) for error in errors):
+        kind = PausedError  # they had begun, and what was brought stays
     others = f" ({len(errors)} hosts failed)" if len(errors) > 1 else ""
     rest = f"; staged on {', '.join(well)}" if well else ""
     return kind(first.code, f"{first.message.rstrip('.')}{others}{rest}; what serves is untouched.",

@@ -19,6 +19,7 @@ WATCH_S = 2.0  # one question waits this long for news
 RETRY_S = (1.0, 3.0, 10.0, 30.0)  # a switch that restarts is back within a minute
 OUT_OF_REACH = ("host.connection_lost", "host.timed_out", "host.unreachable")
 SPEED_WINDOW_S = 10.0
+LOST = "job.lost"
 BYTES = "fetch"  # the phase whose ``done`` and ``total`` are bytes
 pause = time.sleep
 
@@ -66,7 +67,7 @@ def watch(session: Session, look: Sequence[str], subject: str, emit: Emit, *, fi
     if status["state"] == "failed":
         raise error_of(status["error"], int(status["error"]["exit_code"]), host)
     if status["state"] != "done":
-        raise OpsctlError("job.lost", f"{host}: {subject} left no result.", hint="run the same command again")
+        raise OpsctlError(LOST, f"{host}: {subject} left no result.", hint="run the same command again")
     _all_of_it(subject, brought, host, emit)
     result: dict[str, Any] = status["result"]
     return result

@@ -49,7 +49,7 @@ class Case:
 
 
 CASES = [
-    Case(POWER, STAGING, (5, 7, 8), ("v1",), "what was fetched stays; the same command fetches the rest"),
+    Case(POWER, STAGING, (0, 8), ("v1", "v2"), "what was fetched stays; the run goes on with the rest"),
     Case(POWER, STOPPED, (7, 8), ("v1",), "undone at boot, before the instance starts"),
     Case(POWER, FLIPPED, (7, 8), ("v1",), "undone at boot, before the instance starts"),
     Case(POWER, GATE, (7, 8), ("v1",), "a release that did not pass its gate is undone at boot"),

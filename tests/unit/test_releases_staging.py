@@ -19,10 +19,10 @@ from release_kit import Keys, lay_down, make_keys
 from session_server import make_key, serving
 
 from opsctl.cli.stage import document_of, serving_hosts, summary
-from opsctl.engines.events import Event, PhaseStarted, Progress, TaskResult, discard
+from opsctl.engines.events import Event, Note, PhaseStarted, Progress, TaskResult, discard
 from opsctl.engines.pyinfra_job import Job, write_job
 from opsctl.engines.session import Session
-from opsctl.errors import ExitCode, OpsctlError, RefusedError, UsageError
+from opsctl.errors import ExitCode, OpsctlError, PausedError, RefusedError, UsageError
 from opsctl.fleet.model import Fleet, Service
 from opsctl.releases.staging import Found, bytes_per_second, check_space, choose, find_release, stage_release
 
@@ -195,6 +195,31 @@ def test_another_trouble_of_a_host_refuses_whatever_may_be_left_out(row: Row) ->
     with pytest.raises(RefusedError) as caught:
         row.stage(skip_unreachable=3)
     assert caught.value.code == "host.not_trusted"
+
+
+def lost_times(row: Row, times: int) -> list[Event]:
+    """Stages while gpu-2 boots so often; what it knew of the job is gone with each."""
+    gone = {"document": {"state": "none", "phase": "", "done": 0, "total": 0}}
+    row.played["gpu-2"].tell_in_turn("stage-status", *[gone] * times, {"document": {"state": "done", "result": RESULT}})
+    seen: list[Event] = []
+    row.stage(seen)
+    return seen
+
+
+def test_a_host_that_boots_meanwhile_goes_on(row: Row) -> None:
+    seen = lost_times(row, 2)
+    assert row.verbs("gpu-2").count("stage") == 3
+    assert {event.host for event in seen if isinstance(event, TaskResult) and event.status == "changed"} == {
+        "gpu-1", "gpu-2", "gpu-3"}
+    assert len([event for event in seen if isinstance(event, Note) and "cut off" in event.message]) == 2
+
+
+def test_a_host_that_boots_again_and_again_pauses(row: Row) -> None:
+    with pytest.raises(PausedError) as caught:
+        lost_times(row, 3)
+    assert caught.value.code == "job.lost"
+    assert "staged on gpu-1, gpu-3; what serves is untouched" in caught.value.message
+    assert "same command again" in caught.value.hint
 
 
 def test_one_host_that_refuses_keeps_no_other_from_being_staged(row: Row) -> None:
