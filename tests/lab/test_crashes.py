@@ -37,7 +37,7 @@ POINTS = [
     (PROVISION, "agent : Make the agent's environment.", 0.0),
     (PROVISION, "load_balancer : Configure the load balancer.", 0.0),
     (PROVISION, "changed     publish chat v1", 0.0),
-    (PROVISION, "ledger: chat serves v1", 1.0),
+    (PROVISION, "ledger of chat: serve v1", 1.0),
     (PROVISION, "changed     first start of chat.0 on v1", 0.0),
     (STAGE, "stage: run", 0.0),
     (STAGE, "changed     publish chat v2", 0.0),
