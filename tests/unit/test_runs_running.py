@@ -395,3 +395,21 @@ def test_a_first_provision_that_still_needs_a_password_goes_on(fleet: Fleet, hos
         work.run.about_to()
     assert [event for event in seen if isinstance(event, Note)] == []
     assert read_runs(fleet)[0].state == "done"
+
+
+def test_a_move_whose_thread_is_told_to_exit_is_over_too(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    from opsctl.releases import roll
+    from opsctl.releases.plan import Step
+
+    def leave(*_: object, **__: object) -> None:
+        raise SystemExit(1)
+
+    monkeypatch.setattr(roll._Mover, "move", leave)
+    step = Step(host="gpu-1", instance="chat.0", now="", next="v2-bbbbbbbbbbbb", action="move", serving=False, wave=1,
+                back="")
+    conductor = roll._Conductor(replace(fleet, load_balancer="none"), fleet.services[0], roll.Settings("R1", 60, 50),
+                                discard)
+    conductor._begin(step, back=False)
+    _, _, error = conductor._ended.get(timeout=5)
+    assert error is not None
+    assert "unexpected SystemExit" in error.message
