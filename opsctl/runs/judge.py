@@ -17,6 +17,7 @@ from opsctl.runs.identity import Holder, holder_of
 
 STALE_S = 60.0
 UNFINISHED = (int(ExitCode.PAUSED), int(ExitCode.INTERRUPTED))
+REFUSALS = (int(ExitCode.USAGE), int(ExitCode.CONFIGURATION), int(ExitCode.LOCKED), int(ExitCode.REFUSED))
 RESUMABLE = (*UNFINISHED, int(ExitCode.MIXED), int(ExitCode.UNEXPECTED))
 STAGE, UPDATE, ROLLBACK = "stage", "update-model", "rollback"
 
@@ -133,6 +134,15 @@ def decide(runs: Sequence[Known], intent: Mapping[str, Any], hosts: Collection[s
         elif set(run.hosts) & set(hosts):
             return Blocked(run)
     return Begin(tuple(closes))
+
+
+def ends_as(decision: Continue | Begin, code: int, *, declined: bool = False) -> int:
+    """The exit code that a journal gets. Who was refused did nothing: what they continued is as it was."""
+    if not isinstance(decision, Continue) or not (declined or code in REFUSALS):
+        return code
+    if decision.run.exit_code is not None:
+        return decision.run.exit_code
+    return code if declined else int(ExitCode.PAUSED)
 
 
 def blocked(run: Known, since: str) -> LockedError:

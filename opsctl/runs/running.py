@@ -144,13 +144,17 @@ def _journal(task: Task, hosts: Sequence[Host], name: str, decision: Begin | Con
 
     staging = task.verb == STAGE
 
-    def about_to() -> None:
+    def safe() -> bool:
+        """What every phase waits for: locked, and written down. Whether the gateway has it."""
         locks.check()
         if staging:
             _gather(journal)
-            return
-        journal.sync()
-        closer.close()
+            return False
+        return journal.sync()
+
+    def about_to() -> None:
+        if safe():
+            closer.close()
 
     run = Run(name, make_directory(task.fleet.directory, name), locks.check, about_to)
     locks.meanwhile = lambda: _gather(journal)
@@ -158,14 +162,13 @@ def _journal(task: Task, hosts: Sequence[Host], name: str, decision: Begin | Con
     try:
         journal.write(_first_line(task, hosts, name, decision, holder))
         journal.sync(at_once=True)
-        emit.keep(journal, about_to)
+        emit.keep(journal, safe)  # a phase that only looks may be refused yet: it closes nothing
         emit(RunStarted(task.verb, name, tuple(host.name for host in hosts)))
         if isinstance(decision, Continue):
             emit(Note(f"continues run {name} of {decision.run.by}, begun {utc(decision.run.began)}"))
         yield run
         code = int(ExitCode.DONE)
-        if staging:
-            closer.close()
+        closer.close()
     except OpsctlError as error:
         code, word = int(error.exit_code), error.code
         raise
@@ -177,7 +180,9 @@ def _journal(task: Task, hosts: Sequence[Host], name: str, decision: Begin | Con
         raise
     finally:
         emit.keep(None, None)
-        _end(journal, code, word, holder, closes=word == DECLINED and isinstance(decision, Begin))
+        declined = word == DECLINED
+        _end(journal, judge.ends_as(decision, code, declined=declined), word, holder,
+             closes=declined and isinstance(decision, Begin))
 
 
 def _end(journal: Journal, code: int, word: str, holder: Holder, *, closes: bool) -> None:
@@ -221,7 +226,8 @@ def _locks(task: Task, hosts: Sequence[Host], holder: Holder, emit: Emit) -> Loc
 class _Closer:
     """Closes the runs that this one takes back when it is about to act, not before: it may be refused yet.
 
-    A stage closes those that were cut off when it has done the same; one that is at work all the same goes on.
+    One that could not be closed is tried again before the next act, and at the end when all went well. A stage closes
+    those that were cut off when it has done the same; one that is at work all the same goes on.
     """
 
     def __init__(self, fleet: Fleet, decision: Begin | Continue, holder: Holder, run: str, emit: Emit) -> None:
@@ -230,15 +236,22 @@ class _Closer:
         self._why = f"{'done' if holder.verb == STAGE else 'taken back'} by {run}"
         self._by = holder.who
         self._emit = emit
+        self._told: set[str] = set()
 
     def close(self) -> None:
-        runs, self._runs = self._runs, ()
-        for run in runs:
-            try:
-                close_run(self._fleet, run, self._why, self._by)
-                self._emit(Note(f"run {run.run} ({run.verb} by {run.by}) is closed: {self._why}"))
-            except OpsctlError as error:
+        self._runs = tuple(run for run in self._runs if not self._close(run))
+
+    def _close(self, run: Known) -> bool:
+        """Whether there is nothing left to try: also where somebody else goes on with it."""
+        try:
+            close_run(self._fleet, run, self._why, self._by)
+        except OpsctlError as error:
+            if run.run not in self._told:
                 self._emit(Note(f"run {run.run} could not be closed: {error.message}", "warning"))
+            self._told.add(run.run)
+            return isinstance(error, LockedError)
+        self._emit(Note(f"run {run.run} ({run.verb} by {run.by}) is closed: {self._why}"))
+        return True
 
 
 class _Emit:

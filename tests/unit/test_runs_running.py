@@ -14,7 +14,16 @@ from opsctl.agent import holds as host_holds
 from opsctl.agent import locks as host_locks
 from opsctl.agent import runs as host_runs
 from opsctl.engines.events import Event, Note, PhaseStarted, Progress, RunStarted, TaskResult, discard
-from opsctl.errors import ExitCode, LockedError, MixedError, OpsctlError, PausedError, RefusedError
+from opsctl.errors import (
+    ConfigurationError,
+    ExitCode,
+    LockedError,
+    MixedError,
+    OpsctlError,
+    PausedError,
+    RefusedError,
+    UsageError,
+)
 from opsctl.fleet.model import Fleet
 from opsctl.runs import Declined, busy, locking, running
 from opsctl.runs.running import Task, read_runs
@@ -413,3 +422,64 @@ def test_a_move_whose_thread_is_told_to_exit_is_over_too(fleet: Fleet, monkeypat
     _, _, error = conductor._ended.get(timeout=5)
     assert error is not None
     assert "unexpected SystemExit" in error.message
+
+
+@pytest.mark.parametrize("refusal", [
+    UsageError("a.b", "no."), ConfigurationError("a.b", "no."), LockedError("a.b", "no."), RefusedError("a.b", "no."),
+    Declined()])
+@pytest.mark.parametrize("before", [PausedError("c.d", "later."), MixedError("e.f", "half."), None])
+def test_a_continuation_that_is_refused_leaves_the_run_as_it_was(
+        fleet: Fleet, hosts: dict[str, RunsHost], refusal: BaseException, before: OpsctlError | None,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    if before is None:
+        run = cut_off(fleet, V2, monkeypatch)
+        later(hosts)
+    else:
+        with pytest.raises(type(before)), running.running(task(fleet), discard) as work:
+            raise before
+        run = work.run.name
+    was = read_runs(fleet)[0]
+    with pytest.raises(type(refusal)), running.running(task(fleet, wanted=run), discard):
+        raise refusal
+    now = read_runs(fleet)[0]
+    assert (now.run, now.unfinished, now.resumable, now.closed) == (run, was.unfinished, True, "")
+    assert now.exit_code == (was.exit_code or (130 if isinstance(refusal, Declined) else 8))
+
+
+def test_a_rollback_that_only_looks_takes_nothing_back(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    run = cut_off(fleet, V2, monkeypatch)
+    later(hosts)
+    with pytest.raises(Declined), running.running(task(fleet, BACK), discard) as work:
+        work.emit(PhaseStarted("Look"))
+        raise Declined
+    assert next(one for one in read_runs(fleet) if one.run == run).unfinished
+
+
+def test_a_rollback_with_nothing_to_move_takes_it_back_at_its_end(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    run = cut_off(fleet, V2, monkeypatch)
+    later(hosts)
+    with running.running(task(fleet, BACK), discard) as work:
+        work.emit(PhaseStarted("Look"))
+    assert next(one for one in read_runs(fleet) if one.run == run).closed == f"taken back by {work.run.name}"
+
+
+def test_what_could_not_be_closed_is_closed_later(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    run = cut_off(fleet, V2, monkeypatch)
+    later(hosts)
+    close, failed, seen = running.close_run, list[str](), list[Event]()
+
+    def fails_twice(fleet: Fleet, run: Any, *more: str) -> None:
+        if len(failed) < 2:
+            failed.append(run.run)
+            raise OpsctlError("host.timed_out", "ops-1 did not answer.")
+        close(fleet, run, *more)
+
+    monkeypatch.setattr(running, "close_run", fails_twice)
+    with running.running(task(fleet, BACK), seen.append) as work:
+        work.run.about_to()
+        work.run.about_to()
+    assert next(one for one in read_runs(fleet) if one.run == run).closed == f"taken back by {work.run.name}"
+    assert len([one for one in seen if isinstance(one, Note) and "could not be closed" in one.message]) == 1
