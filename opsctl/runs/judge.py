@@ -48,7 +48,8 @@ def lock(holder: Holder | None, me: Holder, *, lives: bool, beat_s: float) -> Ve
 class Known:
     """A run of the gateway's journal. ``exit_code``: None until it has ended; ``closed``: why it is over for good.
 
-    ``began`` is in seconds since 1970; ``holder`` is the process that began it.
+    ``began`` and ``at``, when its last line was written, are in seconds since 1970; ``holder`` is the process that
+    began it.
     """
 
     run: str
@@ -64,6 +65,7 @@ class Known:
     closed: str = ""
     lines: int = 0
     holder: Holder | None = None
+    at: float = 0.0
 
     @property
     def unfinished(self) -> bool:
@@ -136,6 +138,17 @@ def decide(runs: Sequence[Known], intent: Mapping[str, Any], hosts: Collection[s
     return Begin(tuple(closes))
 
 
+def taken_back(runs: Sequence[Known], late: Collection[str]) -> list[tuple[Known, Known]]:
+    """The unfinished updates that a rollback among ``late`` took back when the gateway was away, each with it. Pure.
+
+    One that somebody has been at since the rollback began is not.
+    """
+    done = [run for run in runs if run.run in late and run.verb == ROLLBACK and run.exit_code == 0]
+    return [(run, back) for back in done for run in runs
+            if run.unfinished and run.verb in (UPDATE, ROLLBACK) and run.service == back.service
+            and 0 < run.at < back.began]
+
+
 def ends_as(decision: Continue | Begin, code: int, *, declined: bool = False) -> int:
     """The exit code that a journal gets. Who was refused did nothing: what they continued is as it was."""
     if not isinstance(decision, Continue) or not (declined or code in REFUSALS):
@@ -164,4 +177,4 @@ def _known(document: Mapping[str, Any]) -> Known:
         str(began.get("service") or ""), str(began.get("by", "")), float(began.get("t") or 0),
         int(ended["exit_code"]) if "exit_code" in ended else None, str(ended.get("code") or ""),
         str(closed.get("why") or closed.get("by") or "") if closed else "", int(document.get("lines") or 0),
-        holder_of(holder) if isinstance(holder, dict) else None)
+        holder_of(holder) if isinstance(holder, dict) else None, float(document.get("at") or 0))

@@ -8,6 +8,7 @@ A run that is continued keeps its name: its drains and cutovers are owned by ``r
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,16 +23,16 @@ from opsctl.fleet.model import Fleet, Host
 from opsctl.fleet.placements import gateway as gateway_of
 from opsctl.releases.books import SILENT
 from opsctl.releases.remote import ask
-from opsctl.runs import Declined, busy, holding, judge
+from opsctl.runs import Declined, busy, holding, judge, leftovers
 from opsctl.runs.holding import Hold
 from opsctl.runs.identity import Holder, me
-from opsctl.runs.journal import NOT_YET, Journal, Run, make_directory, new_name
+from opsctl.runs.journal import DIVERGED, NOT_YET, Journal, Run, make_directory, new_name
 from opsctl.runs.judge import Begin, Blocked, Continue, Known
 from opsctl.runs.locking import LOST, Locks
 
 WAITS_FOR: Mapping[str, tuple[str, ...]] = {"provision": ("dpkg", "ansible")}  # others: a task of Ansible's alone
 PROVISION, ROLLBACK, STAGE = "provision", judge.ROLLBACK, judge.STAGE
-DIVERGED, DECLINED = "run.diverged", "declined"
+DECLINED = "declined"
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,23 @@ def running(task: Task, listener: Emit) -> Iterator[Work]:
 def read_runs(fleet: Fleet, *, optional: bool = False, limit: int = 0) -> tuple[Known, ...]:
     """The gateway's runs, newest first. ``optional``: none, when it does not answer or has no agent.
 
+    What it missed of them, and lies here, is sent to it before.
+
     Raises:
         OpsctlError: what the gateway says.
     """
     gateway = gateway_of(fleet)
     try:
         with Session(fleet, gateway) as session:
-            return judge.known(ask(session, ["runs", *(["--limit", str(limit)] if limit else [])], host=gateway.name))
+            def read() -> tuple[Known, ...]:
+                more = ["--limit", str(limit)] if limit else []
+                return judge.known(ask(session, ["runs", *more], host=gateway.name))
+
+            runs = read()
+            late = leftovers.send(fleet, session, runs, gateway.name)
+            if late:
+                _take_back(fleet, judge.taken_back(read(), late))
+            return read() if late else runs
     except OpsctlError as error:
         if optional and error.code in (*SILENT, *NOT_YET):
             return ()
@@ -128,6 +139,13 @@ def close_run(fleet: Fleet, run: Known, why: str, by: str) -> None:
     line = Journal.line({"event": "RunClosed", "by": by, "why": why})
     with Session(fleet, gateway) as session:
         ask(session, ["run-append", "--run", run.run, "--from", str(run.lines)], host=gateway.name, stdin=line.encode())
+
+
+def _take_back(fleet: Fleet, pairs: Sequence[tuple[Known, Known]]) -> None:
+    """Closes updates whose rollback was over before the gateway answered again."""
+    for run, rollback in pairs:
+        with contextlib.suppress(OpsctlError):  # somebody goes on with it, or the gateway is away again
+            close_run(fleet, run, f"taken back by {rollback.run}", rollback.by)
 
 
 def utc(seconds: float) -> str:
@@ -212,7 +230,7 @@ def _first_line(task: Task, hosts: Sequence[Host], name: str, decision: Begin | 
     names = [host.name for host in hosts]
     about = {"run": name, "verb": task.verb, "argv": list(task.argv), "hosts": names, "by": holder.who, "holder": who}
     if isinstance(decision, Continue):
-        return {"event": "RunContinued", **about}
+        return {"event": "RunContinued", "line": decision.run.lines, **about}
     return {"event": "RunBegan", **about, "intent": dict(task.intent), "service": str(task.intent.get("service", ""))}
 
 

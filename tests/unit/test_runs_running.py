@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -483,3 +484,66 @@ def test_what_could_not_be_closed_is_closed_later(fleet: Fleet, hosts: dict[str,
         work.run.about_to()
     assert next(one for one in read_runs(fleet) if one.run == run).closed == f"taken back by {work.run.name}"
     assert len([one for one in seen if isinstance(one, Note) and "could not be closed" in one.message]) == 1
+
+
+def in_the_dark(fleet: Fleet, hosts: dict[str, RunsHost], intent: dict[str, str], error: BaseException | None = None
+                ) -> str:
+    """A run that ends while the gateway is away."""
+    with contextlib.suppress(OpsctlError), running.running(task(fleet, intent), discard) as work:
+        work.run.about_to()
+        work.emit(Note("and now the gateway goes"))
+        hosts["ops-1"].silent = "host.unreachable"
+        if error:
+            raise error
+    hosts["ops-1"].silent = ""
+    later(hosts)
+    return work.run.name
+
+
+def test_an_end_that_the_gateway_missed_is_told_later(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    run = in_the_dark(fleet, hosts, V2)
+    assert events(hosts, run)[-1] == "RunStarted"
+    with running.running(task(fleet, V3), discard) as work:
+        assert work.run.name != run
+    assert events(hosts, run)[-2:] == ["Note", "RunEnded"]
+    assert {one.run: one.state for one in read_runs(fleet)} == {run: "done", work.run.name: "done"}
+
+
+def test_so_is_the_end_of_one_that_was_continued(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    with pytest.raises(PausedError), running.running(task(fleet), discard):
+        raise PausedError("c.d", "later.")
+    run = in_the_dark(fleet, hosts, V2)
+    assert events(hosts, run)[-1] == "Note", "continues run"
+    assert [one.state for one in read_runs(fleet)] == ["done"]
+    assert events(hosts, run).count("RunBegan") == 1
+
+
+def test_what_somebody_else_continued_is_not_written_over(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    run = in_the_dark(fleet, hosts, V2, MixedError("e.f", "half."))
+    with monkeypatch.context() as elsewhere, pytest.raises(PausedError):
+        elsewhere.setattr(running.leftovers, "send", lambda *_: ())
+        with running.running(task(fleet), discard) as work:
+            raise PausedError("c.d", "later.")
+    assert work.run.name == run
+    was = journal(hosts, run)
+    assert [one.exit_code for one in read_runs(fleet)] == [8]
+    assert journal(hosts, run) == was
+
+
+def test_a_run_that_lost_its_locks_tells_no_end_of_it_later(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    run = in_the_dark(fleet, hosts, V2, LockedError("lock.lost", "taken by bob."))
+    assert [(one.run, one.unfinished) for one in read_runs(fleet)] == [(run, True)]
+
+
+def test_a_rollback_without_the_gateway_is_known_later_and_so_is_what_it_took_back(
+        fleet: Fleet, hosts: dict[str, RunsHost], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = cut_off(fleet, V2, monkeypatch)
+    later(hosts)
+    hosts["ops-1"].silent = "host.unreachable"
+    with running.running(task(fleet, BACK), discard) as work:
+        work.run.about_to()
+    hosts["ops-1"].silent = ""
+    known = {one.run: one for one in read_runs(fleet)}
+    assert known[work.run.name].state == "done"
+    assert known[run].closed == f"taken back by {work.run.name}"
