@@ -8,6 +8,7 @@ with each heartbeat.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -29,6 +30,7 @@ from opsctl.runs.judge import Verdict
 
 HOST = "host"
 BEAT_EVERY_S = 15.0
+PATIENCE_S = 10.0  # with all of them together: one that hangs at its login delays nobody else's heartbeat
 OLD_S = 20.0  # a heartbeat older than this is renewed before the next act
 TIMEOUT_S = 15.0
 FAREWELL_S = 4.0
@@ -250,11 +252,13 @@ class Locks:
                             place.host.name))
 
     def _beat_on(self) -> None:
-        while not self._done.wait(BEAT_EVERY_S) and self._lost is None:
+        due_s = time.monotonic() + BEAT_EVERY_S
+        while not self._done.wait(max(0.0, due_s - time.monotonic())) and self._lost is None:
+            due_s = time.monotonic() + BEAT_EVERY_S
             try:
-                self._each(self.places, self._beat)
+                at_once([place for place in self.places if not place.only_one.locked()], self._beat, PATIENCE_S)
                 self.meanwhile()
-            except OpsctlError:  # told at the next check
+            except Exception:  # noqa: BLE001, S112 - whatever it is, e.g. a full disk: the next act meets it, and says so
                 continue
 
     def _beat(self, place: Place) -> None:
@@ -275,8 +279,11 @@ class Locks:
             except OpsctlError as error:
                 if place.how != "none" and not place.quiet:
                     place.quiet = True
-                    self._emit(Note(f"does not answer the heartbeat of its lock: {error.message}", "warning",
-                                    place.host.name))
+                    self._warn(f"does not answer the heartbeat of its lock: {error.message}", place)
+
+    def _warn(self, message: str, place: Place) -> None:
+        with contextlib.suppress(Exception):  # a full disk or a dead terminal: the next event meets it too
+            self._emit(Note(message, "warning", place.host.name))
 
     def _try_again(self, place: Place) -> None:
         if place.how == "bare":

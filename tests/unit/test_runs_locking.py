@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from opsctl.agent import locks as host_locks
 from opsctl.engines.events import Event, Note, discard
 from opsctl.errors import ExitCode, LockedError, OpsctlError, RefusedError
 from opsctl.fleet.model import Fleet
-from opsctl.runs import bare, identity
+from opsctl.runs import bare, identity, locking
 from opsctl.runs.identity import Holder
 from opsctl.runs.locking import Locks
 
@@ -303,3 +304,62 @@ def test_what_else_the_gateway_says_is_told_as_it_is(fleet: Fleet, hosts: dict[s
     with pytest.raises(OpsctlError) as refused:
         locks(fleet, holder(), gateway_optional=True).take()
     assert refused.value.code == "host.foreign_key"
+
+
+def test_a_heart_that_stumbles_beats_on(fleet: Fleet, hosts: dict[str, RunsHost], monkeypatch: pytest.MonkeyPatch
+                                        ) -> None:
+    monkeypatch.setattr(locking, "BEAT_EVERY_S", 0.01)
+    thrice, times = threading.Event(), list[int]()
+
+    def full() -> None:
+        times.append(1)
+        if len(times) > 2:
+            thrice.set()
+        raise OSError(28, "No space left on device")
+
+    mine = locks(fleet, holder())
+    mine.meanwhile = full
+    mine.take()
+    assert thrice.wait(5)
+    mine.drop()
+
+
+def test_a_word_that_cannot_be_said_stops_no_heartbeat(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    def dead(_: Event) -> None:
+        raise OSError(5, "Input/output error")
+
+    clock = Clock()
+    mine = locks(fleet, holder(), clock=clock, emit=dead)
+    mine.take()
+    hosts["gpu-1"].silent = "host.unreachable"
+    clock.now_s += 30
+    mine.check()
+    assert hosts["gpu-2"].verbs.count("lock-renew") == 1
+    mine.drop()
+
+
+def test_one_that_hangs_holds_up_nobodys_heartbeat(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locking, "BEAT_EVERY_S", 0.01)
+    monkeypatch.setattr(locking, "PATIENCE_S", 0.01, raising=False)
+    go_on, thrice, hangs, beats = threading.Event(), threading.Event(), list[str](), list[str]()
+    beat = Locks._beat
+
+    def slow(self: Locks, place: locking.Place) -> None:
+        if place.host.name == "gpu-2":
+            with place.only_one:
+                hangs.append("gpu-2")
+                go_on.wait(10)
+            return
+        beat(self, place)
+        beats.append(place.host.name)
+        if beats.count("gpu-3") > 2:
+            thrice.set()
+
+    monkeypatch.setattr(Locks, "_beat", slow)
+    mine = locks(fleet, holder())
+    mine.take()
+    assert thrice.wait(5)
+    assert hangs == ["gpu-2"], "nobody queues up behind it"
+    go_on.set()
+    mine.drop()
