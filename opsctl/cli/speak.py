@@ -207,9 +207,14 @@ class Resumed:
     run: str
 
 
+def verb_of(context: typer.Context) -> str:
+    """Its name, whoever calls it: ``opsctl resume`` calls it ``opsctl update-model``, for its usage lines."""
+    return str(context.command.name)
+
+
 def typed(context: typer.Context) -> tuple[str, ...]:
     """The command line as it was typed, for whoever resumes the run, without what was for this time or person alone."""
-    words = [str(context.info_name)]
+    words = [verb_of(context)]
     for parameter in context.command.params:
         name = str(parameter.name)
         source = context.get_parameter_source(name)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from opsctl.errors import ExitCode, LockedError
+from opsctl.errors import ExitCode, LockedError, UsageError
 from opsctl.runs.identity import Holder, holder_of
 
 STALE_S = 60.0
@@ -90,9 +90,10 @@ def known(document: Mapping[str, Any]) -> tuple[Known, ...]:
 
 @dataclass(frozen=True)
 class Continue:
-    """The same was wanted before and did not end: go on under its name."""
+    """The same was wanted before and did not end: go on under its name. ``closes``: as of ``Begin``."""
 
     run: Known
+    closes: tuple[Known, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,26 +117,41 @@ def decide(runs: Sequence[Known], intent: Mapping[str, Any], hosts: Collection[s
     """What becomes of a command that wants ``intent`` on ``hosts``.
 
     ``wanted``: the run that ``opsctl resume`` names.
+
+    Raises:
+        UsageError: ``resume.is_over``, ``resume.no_such_run``: that one ended, maybe while its operator was asked.
     """
-    for run in runs:
-        if run.run == wanted and run.resumable:
-            return Continue(run)
     verb = intent["verb"]
     open_runs = [run for run in runs if run.unfinished]
     same = [run for run in open_runs if run.intent == intent]
+    chosen = _named(runs, wanted) if wanted else same[0] if same else None
     if verb == STAGE:  # it has no lock: the same one may be at work still, and hosts go on with it in any case
-        return Begin(tuple(same))
-    if same:
-        return Continue(same[0])
+        return Continue(chosen) if wanted and chosen else Begin(tuple(same))
     closes = []
     for run in open_runs:
-        if run.verb == STAGE:
+        if run.verb == STAGE or run is chosen or (run in same and not wanted):
             continue
         if verb == ROLLBACK and run.verb in (UPDATE, ROLLBACK) and run.service == intent["service"]:
             closes.append(run)
         elif set(run.hosts) & set(hosts):
             return Blocked(run)
-    return Begin(tuple(closes))
+    return Continue(chosen, tuple(closes)) if chosen else Begin(tuple(closes))
+
+
+def _named(runs: Sequence[Known], name: str) -> Known:
+    for run in runs:
+        if run.run == name:
+            if not run.resumable:
+                raise is_over(run)
+            return run
+    raise UsageError("resume.no_such_run", f"the gateway knows no run {name}, or does not answer.",
+                     hint="opsctl runs lists them")
+
+
+def is_over(run: Known) -> UsageError:
+    """The error for one that cannot be resumed."""
+    why = run.closed or f"it ended with exit code {run.exit_code}"
+    return UsageError("resume.is_over", f"run {run.run} is over: {why}.", hint=f"anew: opsctl {' '.join(run.argv)}")
 
 
 def taken_back(runs: Sequence[Known], late: Collection[str]) -> list[tuple[Known, Known]]:

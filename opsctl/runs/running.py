@@ -72,6 +72,7 @@ def running(task: Task, listener: Emit) -> Iterator[Work]:
 
     Raises:
         LockedError: ``host.on_hold``, ``lock.held``, ``run.unfinished``.
+        UsageError: ``resume.is_over``, ``resume.no_such_run``: so is what was to be continued.
         RefusedError: the gateway does not answer.
         PausedError: ``host.busy``.
     """
@@ -250,7 +251,7 @@ class _Closer:
 
     def __init__(self, fleet: Fleet, decision: Begin | Continue, holder: Holder, run: str, emit: Emit) -> None:
         self._fleet = fleet
-        self._runs = decision.closes if isinstance(decision, Begin) else ()
+        self._runs = decision.closes
         self._why = f"{'done' if holder.verb == STAGE else 'taken back'} by {run}"
         self._by = holder.who
         self._emit = emit

@@ -111,7 +111,8 @@ def test_how_a_run_ended_in_words(run: Known, words: str) -> None:
     assert runs.ending(run) == words
 
 
-def heard(monkeypatch: pytest.MonkeyPatch, *words: str, obj: object = None) -> tuple[tuple[str, ...], str]:
+def heard(monkeypatch: pytest.MonkeyPatch, *words: str, obj: object = None, called: str = "update-model"
+          ) -> tuple[tuple[str, ...], str]:
     """What update-model would put down of a command line, and the run it would continue."""
     found: list[tuple[tuple[str, ...], str]] = []
 
@@ -124,7 +125,7 @@ def heard(monkeypatch: pytest.MonkeyPatch, *words: str, obj: object = None) -> t
     current: list[typer.Context] = []
     monkeypatch.setattr(verb, "invoke", lambda context: (current.append(context), verb.callback(**context.params)))
     assert inner
-    verb.main(args=list(words), prog_name="update-model", standalone_mode=False, obj=obj)
+    verb.main(args=list(words), prog_name=called, standalone_mode=False, obj=obj)
     return found[0]
 
 
@@ -134,7 +135,7 @@ def test_a_command_line_is_kept_without_what_was_one_persons(monkeypatch: pytest
     said = heard(monkeypatch, *words)
     assert said == (("update-model", "--version", "v2", "--limit", "gpu-*", "--bundle", str(tmp_path / "b"), "--yes"),
                     "")
-    again = heard(monkeypatch, *said[0][1:], "their/inventory.ini", obj=Resumed("R1"))
+    again = heard(monkeypatch, *said[0][1:], "their/inventory.ini", obj=Resumed("R1"), called="opsctl update-model")
     assert again == (said[0], "R1")
 
 
