@@ -128,6 +128,14 @@ class Locks:
         old = [place for place in self.places if self._clock() - place.tried_s > OLD_S]
         if old and self._lost is None:
             self._each(old, self._beat)
+        self.known()
+
+    def known(self) -> None:
+        """The same without asking anybody: what the last heartbeats found.
+
+        Raises:
+            LockedError: ``lock.lost``.
+        """
         if self._lost is not None:
             raise self._lost
 

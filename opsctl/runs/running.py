@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ from opsctl.releases.remote import ask
 from opsctl.runs import Declined, busy, holding, judge, leftovers
 from opsctl.runs.holding import Hold
 from opsctl.runs.identity import Holder, me
-from opsctl.runs.journal import DIVERGED, NOT_YET, Journal, Run, make_directory, new_name
+from opsctl.runs.journal import DIVERGED, NOT_YET, Journal, Run, make_directory, new_name, nothing
 from opsctl.runs.judge import Begin, Blocked, Continue, Known
 from opsctl.runs.locking import LOST, Locks
 
@@ -181,7 +181,7 @@ def _journal(task: Task, hosts: Sequence[Host], name: str, decision: Begin | Con
     try:
         journal.write(_first_line(task, hosts, name, decision, holder))
         journal.sync(at_once=True)
-        emit.keep(journal, safe)  # a phase that only looks may be refused yet: it closes nothing
+        emit.keep(journal, safe, locks.known)  # a phase that only looks may be refused yet: it closes nothing
         emit(RunStarted(task.verb, name, tuple(host.name for host in hosts)))
         if isinstance(decision, Continue):
             emit(Note(f"continues run {name} of {decision.run.by}, begun {utc(decision.run.began)}"))
@@ -276,24 +276,27 @@ class _Closer:
 class _Emit:
     """Writes the journal before the listener hears of an event; a phase does not begin before the gateway has it.
 
-    What only moves a progress bar (``Progress``, ``TaskStarted``) is heard but not kept.
+    What only moves a progress bar (``Progress``, ``TaskStarted``) is heard but not kept. Any event ends who emits it
+    when a heartbeat has found a lock gone: a play of Ansible's has no acts of its own to ask before.
     """
 
     def __init__(self, listener: Emit) -> None:
         self._listener = listener
         self._journal: Journal | None = None
         self._about_to: Any = None
+        self._known: Callable[[], None] = nothing
         self._one = threading.RLock()
 
-    def keep(self, journal: Journal | None, about_to: Any) -> None:
+    def keep(self, journal: Journal | None, about_to: Any, known: Callable[[], None] = nothing) -> None:
         with self._one:
-            self._journal, self._about_to = journal, about_to
+            self._journal, self._about_to, self._known = journal, about_to, known
 
     def __call__(self, event: Event) -> None:
         with self._one:
             if self._journal is not None and not isinstance(event, Progress | TaskStarted):
                 self._journal.write(as_document(event))
             self._listener(event)
-            about_to = self._about_to
+            about_to, known = self._about_to, self._known
+        known()
         if isinstance(event, PhaseStarted) and about_to is not None:
             about_to()

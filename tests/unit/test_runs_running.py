@@ -547,3 +547,21 @@ def test_a_rollback_without_the_gateway_is_known_later_and_so_is_what_it_took_ba
     known = {one.run: one for one in read_runs(fleet)}
     assert known[work.run.name].state == "done"
     assert known[run].closed == f"taken back by {work.run.name}"
+
+
+def test_a_lock_that_is_known_to_be_lost_stops_a_play_at_its_next_event(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[locking.Locks] = []
+    make = running._locks
+    monkeypatch.setattr(running, "_locks", lambda *given: made.append(make(*given)) or made[0])
+    with pytest.raises(LockedError) as lost, running.running(task(fleet), discard) as work:
+        work.emit(TaskResult("gpu-1", "x", "changed"))
+        host_locks.break_(hosts["gpu-2"].paths, "host", work.run.name)
+        for place in made[0].places:
+            made[0]._beat(place)
+        for event in (TaskResult("gpu-1", "y", "changed"), Progress("bytes", 1, 2)):
+            with pytest.raises(LockedError):
+                work.emit(event)
+        work.emit(TaskResult("gpu-1", "z", "changed"))
+    assert lost.value.code == "lock.lost"
+    assert locked(hosts) == {}
