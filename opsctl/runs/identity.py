@@ -38,7 +38,7 @@ class Holder:
     @property
     def who(self) -> str:
         """``ann@laptop``."""
-        return f"{self.user}@{self.machine}"
+        return f"{self.user}@{self.machine}" if self.machine else self.user
 
     def as_document(self) -> dict[str, Any]:
         return asdict(self)

@@ -214,7 +214,7 @@ class Locks:
 
     def _try_bare(self, place: Place) -> Taken:
         owner = bare.owner(place.session)
-        if owner is None and bare.take(place.session, self.holder):
+        if (owner is None or not owner.token) and bare.take(place.session, self.holder):
             place.how = "bare"
             return Taken()
         owner = owner or bare.owner(place.session) or bare.Owner({"verb": "provision", "user": "somebody"}, 0.0)
@@ -238,7 +238,7 @@ class Locks:
         if self._verdict(told) is Verdict.HELD:
             ask(place.session, ["lock-drop", "--name", place.name, "--token", self.holder.token], host=place.host.name)
             return Taken(told)
-        bare.drop(place.session, str(owner.holder.get("token")))
+        bare.drop(place.session, owner.token)
         return taken
 
     def _verdict(self, document: dict[str, Any]) -> Verdict:
@@ -296,7 +296,7 @@ class Locks:
     def _try_again(self, place: Place) -> None:
         if place.how == "bare":
             owner = bare.renew(place.session, self.holder)
-            if owner is None or owner.holder.get("token") != self.holder.token:
+            if owner is None or owner.token != self.holder.token:
                 self._lose(place, {**owner.holder, "beat_s": owner.beat_s} if owner else None)
                 return
         taken = self._try(place)
@@ -355,8 +355,8 @@ def _held(places: Sequence[Place], document: dict[str, Any]) -> LockedError:
     holder = holder_of(document)
     where = ", ".join(place.words for place in places)
     return LockedError("lock.held", f"{where}: locked by {_holder_words(document)}.",
-                       hint="wait until it has ended" + (f"; if it never will: opsctl lock break {holder.run}"
-                                                         if holder.run else ""))
+                       hint="wait until it has ended; if it never will: "
+                       + (f"opsctl lock break {holder.run}" if holder.run else f"rm -r {bare.PLACE} there, as root"))
 
 
 def _holder_words(document: dict[str, Any]) -> str:

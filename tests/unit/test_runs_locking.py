@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -363,3 +364,79 @@ def test_one_that_hangs_holds_up_nobodys_heartbeat(fleet: Fleet, hosts: dict[str
     assert hangs == ["gpu-2"], "nobody queues up behind it"
     go_on.set()
     mine.drop()
+
+
+def older(path: Path, seconds: float = 61) -> None:
+    then = path.stat().st_mtime - seconds
+    os.utime(path, (then, then))
+
+
+@pytest.mark.parametrize("left", ["", "{\n", "null\n", None])
+def test_an_owner_that_a_power_cut_left_empty_goes_stale(fleet: Fleet, bare_hosts: dict[str, RunsHost],
+                                                         left: str | None) -> None:
+    folder = bare_lock(bare_hosts["gpu-1"])
+    folder.mkdir(parents=True)
+    if left is None:
+        (folder / "over.T").mkdir()
+    else:
+        (folder / "owner").write_text(left)
+    with pytest.raises(LockedError) as refused:
+        locks(fleet, holder(), allow_bare=True).take()
+    assert "gpu-1: locked by somebody" in refused.value.message
+    assert "/var/lib/opsctl-provision.lock" in refused.value.hint
+    older(folder)
+    mine = locks(fleet, holder(), allow_bare=True)
+    mine.take()
+    owner = bare.owner(bare_hosts["gpu-1"])
+    assert owner is not None
+    assert owner.holder["user"] == "ann"
+    mine.drop()
+    assert not folder.exists()
+
+
+def test_a_folder_that_is_just_given_back_stands_in_nobodys_way(fleet: Fleet, bare_hosts: dict[str, RunsHost]) -> None:
+    bare_lock(bare_hosts["gpu-1"]).mkdir(parents=True)
+    mine = locks(fleet, holder(), allow_bare=True)
+    mine.take()
+    mine.drop()
+
+
+def test_an_agent_that_has_come_does_away_with_an_empty_owner(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    folder = bare_lock(hosts["gpu-1"])
+    folder.mkdir(parents=True)
+    (folder / "owner").touch()
+    older(folder)
+    mine = locks(fleet, holder(), allow_bare=True)
+    mine.take()
+    assert not folder.exists()
+    mine.drop()
+
+
+def test_the_owner_lies_on_the_disk_before_the_lock_is_there(fleet: Fleet, bare_hosts: dict[str, RunsHost],
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    program = RunsHost._program
+    monkeypatch.setattr(RunsHost, "_program", lambda self, argv, chunks: asked.append(list(argv)) or program(
+        self, argv, chunks))
+    assert bare.take(bare_hosts["gpu-1"], holder())
+    done = [argv[0] for argv in asked]
+    assert done == ["mkdir", "cat", "tee", "sync", "mv", "sync", "mv"]
+
+
+def test_a_takeover_that_was_cut_off_goes_stale_too(fleet: Fleet, bare_hosts: dict[str, RunsHost]) -> None:
+    host = bare_hosts["gpu-1"]
+    assert bare.take(host, holder("ann", "R0"))
+    host.clock_s += 61
+    owner = bare.owner(host)
+    assert owner is not None
+    cut = bare_lock(host) / f"over.{owner.holder['token']}"
+    cut.mkdir()
+    assert not bare.take(host, holder("bob"), over=owner)
+    older(cut)
+    assert bare.take(host, holder("bob"), over=owner)
+    assert not bare.take(host, holder("eve"), over=owner)
+    older(cut.with_name(f"{cut.name}.1"))
+    assert not bare.take(host, holder("eve"), over=owner), "bob has it, whatever eve saw a while ago"
+    now = bare.owner(host)
+    assert now is not None
+    assert now.holder["user"] == "bob"
