@@ -69,7 +69,10 @@ def test_the_gateway_is_the_authority_when_it_answers(fleet: Fleet, hosts: dict[
     assert holding.read(fleet, fleet.hosts) == {}
     hosts["ops-1"].silent = "host.unreachable"
     assert list(holding.read(fleet, fleet.hosts)) == ["gpu-2"]
-    assert holding.put(fleet, fleet.host("gpu-3"), "ann@desk", "", None, discard)
+    seen: list[Event] = []
+    assert holding.put(fleet, fleet.host("gpu-3"), "ann@desk", "", None, seen.append)
+    (note,) = (event for event in seen if isinstance(event, Note))
+    assert "counts only until it does; then say it again" in note.message
     with pytest.raises(OpsctlError):
         holding.remove(fleet, fleet.host("gpu-2"), discard)
 
