@@ -48,8 +48,8 @@ def lock(holder: Holder | None, me: Holder, *, lives: bool, beat_s: float) -> Ve
 class Known:
     """A run of the gateway's journal. ``exit_code``: None until it has ended; ``closed``: why it is over for good.
 
-    ``began`` and ``at``, when its last line was written, are in seconds since 1970; ``holder`` is the process that
-    began it.
+    ``hosts`` are those of all its starts, ``argv`` of the last that was for all of them. ``began`` and ``at``, when its
+    last line was written, are in seconds since 1970; ``holder`` is the process that began it.
     """
 
     run: str
@@ -148,6 +148,12 @@ def _named(runs: Sequence[Known], name: str) -> Known:
                      hint="opsctl runs lists them")
 
 
+def not_covered(decision: Continue | Begin, hosts: Collection[str], fleet: Collection[str]) -> list[str]:
+    """The hosts of a continued run that a start for ``hosts`` leaves as they are, of those that the fleet has. Pure."""
+    run = decision.run.hosts if isinstance(decision, Continue) else ()
+    return [host for host in run if host not in hosts and host in fleet]
+
+
 def is_over(run: Known) -> UsageError:
     """The error for one that cannot be resumed."""
     why = run.closed or f"it ended with exit code {run.exit_code}"
@@ -189,7 +195,8 @@ def _known(document: Mapping[str, Any]) -> Known:
     intent = began.get("intent")
     return Known(
         str(document["run"]), str(began.get("verb", "")), intent if isinstance(intent, dict) else {},
-        tuple(map(str, began.get("argv", ()))), tuple(map(str, began.get("hosts", ()))),
+        tuple(map(str, document.get("argv") or began.get("argv", ()))),  # an older agent: of the first start
+        tuple(map(str, document.get("hosts") or began.get("hosts", ()))),
         str(began.get("service") or ""), str(began.get("by", "")), float(began.get("t") or 0),
         int(ended["exit_code"]) if "exit_code" in ended else None, str(ended.get("code") or ""),
         str(closed.get("why") or closed.get("by") or "") if closed else "", int(document.get("lines") or 0),

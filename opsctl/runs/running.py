@@ -188,6 +188,10 @@ def _journal(task: Task, hosts: Sequence[Host], name: str, decision: Begin | Con
         yield run
         code = int(ExitCode.DONE)
         closer.close()
+        rest = judge.not_covered(decision, {host.name for host in task.hosts}, {host.name for host in task.fleet.hosts})
+        if rest:
+            code = int(ExitCode.PAUSED)
+            emit(Note(f"run {name} is not over: it is for {', '.join(rest)} too; opsctl resume {name}", "warning"))
     except OpsctlError as error:
         code, word = int(error.exit_code), error.code
         raise

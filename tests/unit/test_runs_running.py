@@ -565,3 +565,33 @@ def test_a_lock_that_is_known_to_be_lost_stops_a_play_at_its_next_event(fleet: F
         work.emit(TaskResult("gpu-1", "z", "changed"))
     assert lost.value.code == "lock.lost"
     assert locked(hosts) == {}
+
+
+def some(fleet: Fleet, *names: str, **more: Any) -> Task:
+    return Task(fleet, tuple(fleet.host(name) for name in names), V2, ("chat",), ("update-model", *names), **more)
+
+
+def test_a_run_has_the_hosts_of_all_its_starts(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    for names in (("gpu-1",), ("gpu-1", "gpu-2"), ("gpu-2",)):
+        with pytest.raises(PausedError), running.running(some(fleet, *names), discard):
+            raise PausedError("c.d", "later.")
+    (run,) = read_runs(fleet)
+    assert (run.hosts, run.argv) == (("gpu-1", "gpu-2"), ("update-model", "gpu-1", "gpu-2"))
+    with pytest.raises(LockedError) as refused, running.running(replace(some(fleet, "gpu-2"), intent=V3), discard):
+        pass
+    assert refused.value.code == "run.unfinished"
+
+
+def test_some_of_its_hosts_do_not_end_a_run(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    with pytest.raises(PausedError), running.running(task(fleet), discard):
+        raise PausedError("c.d", "later.")
+    seen: list[Event] = []
+    with running.running(some(fleet, "gpu-1"), seen.append):
+        pass
+    (run,) = read_runs(fleet)
+    assert (run.exit_code, run.argv) == (8, ("update-model", "--version", "v2"))
+    assert any("gpu-2, gpu-3" in event.message for event in seen if isinstance(event, Note))
+    host_holds.put(hosts["ops-1"].paths, "gpu-2", "ann@desk", "RMA")
+    with running.running(task(fleet), discard):
+        pass
+    assert [one.state for one in read_runs(fleet)] == ["done"], "who is on hold is not waited for"
