@@ -38,10 +38,16 @@ def lock(holder: Holder | None, me: Holder, *, lives: bool, beat_s: float) -> Ve
         return Verdict.FREE
     if holder.token == me.token:
         return Verdict.MINE
-    same_place = bool(me.machine_id) and (holder.user, holder.machine_id) == (me.user, me.machine_id)
-    if same_place and (holder.boot != me.boot or not lives):
+    if _same_place(holder, me) and (holder.boot != me.boot or not lives):
         return Verdict.GONE
     return Verdict.STALE if beat_s > STALE_S else Verdict.HELD
+
+
+def _same_place(holder: Holder, me: Holder) -> bool:
+    """Whether the holder's process could be seen from here. A machine id alone is shared by clones and containers."""
+    if not me.machine_id or (holder.namespace and holder.namespace != me.namespace):
+        return False
+    return (holder.user, holder.machine_id, holder.machine) == (me.user, me.machine_id, me.machine)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,10 @@ STAGE = {"verb": "stage", "service": "chat", "version": "v2"}
     (holder("bob", "R1", machine_id=ME.machine_id), False, 1, Verdict.HELD),  # another user on the same machine
     (holder("ann", "R1", machine_id="id-of-desk"), False, 1, Verdict.HELD),  # the same user elsewhere
     (holder("ann", "R1", machine=ME.machine, machine_id="id-of-desk"), False, 1, Verdict.HELD),  # two called laptop
+    (holder("ann", "R1", machine="clone"), False, 1, Verdict.HELD),  # two made of one image
+    (holder("ann", "R1", machine="clone", boot="boot-0"), False, 1, Verdict.HELD),
+    (holder("ann", "R1", namespace="pid:[2]"), False, 1, Verdict.HELD),  # its processes cannot be seen from here
+    (holder("ann", "R1", namespace=""), False, 1, Verdict.GONE),  # an older agent does not keep it
 ])
 def test_who_may_take_a_lock(other: Holder | None, lives: bool, beat_s: float, verdict: Verdict) -> None:
     assert judge.lock(other, ME, lives=lives, beat_s=beat_s) is verdict
