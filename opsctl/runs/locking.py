@@ -184,6 +184,9 @@ class Locks:
             except OpsctlError as error:
                 if place.name != HOST and not isinstance(error, LockedError):
                     self._without_gateway(place, error)
+                elif not place.quiet and not (self._allow_bare and error.code in NOT_YET):
+                    place.quiet = True
+                    self._warn(f"is not locked, and tried again with each heartbeat: {error.message}", place)
                 return Taken()
 
     def _try(self, place: Place) -> Taken:
@@ -300,7 +303,7 @@ class Locks:
                 self._lose(place, {**owner.holder, "beat_s": owner.beat_s} if owner else None)
                 return
         taken = self._try(place)
-        if taken.holder is not None and place.how == "bare":
+        if taken.holder is not None:
             self._lose(place, taken.holder)
 
     def _lose(self, place: Place, document: dict[str, Any] | None) -> None:

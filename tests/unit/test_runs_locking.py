@@ -440,3 +440,23 @@ def test_a_takeover_that_was_cut_off_goes_stale_too(fleet: Fleet, bare_hosts: di
     now = bare.owner(host)
     assert now is not None
     assert now.holder["user"] == "bob"
+
+
+def test_a_host_without_a_lock_is_named_and_one_that_somebody_else_has_by_then_stops_us(
+        fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    clock, seen = Clock(), list[Event]()
+    hosts["gpu-2"].silent = "host.unreachable"
+    mine = locks(fleet, holder(), clock=clock, emit=seen.append)
+    mine.take()
+    mine.rename("R0")
+    assert said(seen) == "is not locked, and tried again with each heartbeat: gpu-2 does not answer."
+    hosts["gpu-2"].silent = ""
+    bobs = locks(fleet, holder("bob", "R2"), ("gpu-2",))
+    bobs._services.clear()
+    bobs.take()
+    clock.now_s += 30
+    with pytest.raises(LockedError, match="gpu-2 is not ours any more: taken by bob"):
+        mine.check()
+    mine.drop()
+    assert held(hosts["gpu-2"]) == {"host": "R2"}
+    bobs.drop()
