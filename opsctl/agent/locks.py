@@ -33,6 +33,7 @@ NAME = re.compile(rf"{HOST}|service-{SERVICE.pattern}")
 RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")  # as in an owner of a drain
 WORDS = ("token", "run", "verb", "user", "machine", "machine_id", "boot", "message")
 NUMBERS = ("pid", "pid_start")
+MAY_LACK = ("namespace",)  # controllers of before do not say it
 OWNED_BY_RUN = "run:"
 SUFFIX = ".json"
 FIRST_PROCESS = Path("/proc/1/stat")
@@ -210,7 +211,8 @@ def check_holder(document: object) -> dict[str, Any]:
     if not holder["token"] or not RUN.fullmatch(holder["run"]):
         raise UsageError("lock.bad_holder", f"a holder has a token, and its run is no {holder['run']!r}.",
                          hint="letters, digits and ._@- in a run's name")
-    return {name: holder[name] for name in (*WORDS, *NUMBERS)}
+    return {name: holder[name] for name in (*WORDS, *NUMBERS)} | {
+        name: holder[name] for name in MAY_LACK if isinstance(holder.get(name), str)}
 
 
 def _file(paths: Paths, name: str) -> Path:

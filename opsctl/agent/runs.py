@@ -100,9 +100,10 @@ def all_runs(paths: Paths, limit: int | None = None) -> list[dict[str, Any]]:
 
 
 def summary(paths: Paths, run: str) -> dict[str, Any]:
-    """``{"run", "began", "ended", "closed", "lines", "at"}``: how it stands; ``at`` is the time of its last line.
+    """``{"run", "began", "ended", "closed", "lines", "at", "hosts", "argv"}``: how it stands; ``at``: of its last line.
 
-    ``ended``: the line that says so, None when somebody continued it since. ``closed``: the same, but that is for good.
+    ``hosts``: of all its starts; ``argv``: of the last one that was for all of them, else of the last one. ``ended``:
+    the line that says so, None when somebody continued it since. ``closed``: the same, but that is for good.
     """
     try:
         texts, _ = _whole(_file(paths, run).read_bytes())
@@ -114,7 +115,15 @@ def summary(paths: Paths, run: str) -> dict[str, Any]:
     ended = [line for line in marks[since:] if line.get("event") == "RunEnded"]
     closed = [line for line in marks if line.get("event") == "RunClosed"]
     return {"run": run, "began": began, "ended": ended[-1] if ended else None, "closed": closed[-1] if closed else None,
-            "lines": len(texts), "at": (last or {}).get("t")}
+            "lines": len(texts), "at": (last or {}).get("t"),
+            **extent([line for line in marks if line.get("event") in STARTS])}
+
+
+def extent(starts: Sequence[Line]) -> dict[str, Any]:
+    """The ``hosts`` and ``argv`` of a run that was begun and continued so. Pure."""
+    hosts = list(dict.fromkeys(host for line in starts for host in line.get("hosts") or ()))
+    whole = [line for line in starts if set(line.get("hosts") or ()) >= set(hosts)] or starts
+    return {"hosts": hosts, "argv": whole[-1].get("argv") or [] if whole else []}
 
 
 def is_ended(summary: Mapping[str, Any]) -> bool:

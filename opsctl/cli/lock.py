@@ -45,7 +45,7 @@ def break_(run: Annotated[str, typer.Argument(metavar="RUN", help="The run that 
     What it had begun on hosts ends there by itself. A rollback takes an unfinished update back and needs none of this.
     """
     with speaking("lock break", as_json=as_json, debug=debug) as speaker:
-        from opsctl.errors import UsageError
+        from opsctl.errors import ExitCode, OpsctlError, RefusedError, UsageError
         from opsctl.fleet.inventory import read_fleet
         from opsctl.fleet.ssh_config import write_ssh_config
         from opsctl.runs.breaking import all_locks, break_run, run_named
@@ -54,14 +54,20 @@ def break_(run: Annotated[str, typer.Argument(metavar="RUN", help="The run that 
         write_ssh_config(fleet)
         with speaker.waiting(f"asking {len(fleet.hosts)} hosts"):
             found, silent = all_locks(fleet)
-            known = run_named(fleet, run)
+            try:
+                known, unheard = run_named(fleet, run), None
+            except OpsctlError as error:
+                known, unheard = None, error
         mine = [one for one in found if one.holder.run == run]
         open_run = known is not None and known.resumable
         if not mine and not open_run:
+            if unheard is not None:
+                raise RefusedError(unheard.code, f"no host that answers is locked by run {run}, and whether it is over "
+                                   f"is not known: {unheard.message}", hint="again when the gateway answers")
             if known is None:
                 raise UsageError("lock.no_such_run", f"no host is locked by run {run}, and the gateway knows none.",
                                  hint="opsctl lock status and opsctl runs show what there is")
-            speaker.result({"run": run, "broken": [], "closed": False, "silent": silent},
+            speaker.result({"run": run, "broken": [], "closed": False, "failed": [], "silent": silent},
                            f"nothing to break: {run} is over")
             return
         if mine:
@@ -72,10 +78,13 @@ def break_(run: Annotated[str, typer.Argument(metavar="RUN", help="The run that 
         if known is not None:
             speaker.say(f"{known.verb} by {known.by} on {', '.join(known.hosts)}; it will not be resumed")
         speaker.confirm(f"Break {len(mine)} lock{'' if len(mine) == 1 else 's'} and close run {run}?", yes=yes)
-        broken, closed = break_run(fleet, mine, run, speaker.emit)
-        speaker.result({"run": run, "broken": [_document(one) for one in broken], "closed": closed, "silent": silent},
-                       f"broken: {len(broken)} of {len(mine)} locks; run {run} is "
-                       f"{'closed' if closed else 'not known to the gateway, or over'}")
+        outcome = break_run(fleet, mine, run, speaker.emit)
+        lines = [f"broken: {len(outcome.broken)} of {len(mine)} locks; run {run} is "
+                 + ("closed" if outcome.closed else "not closed" if outcome.failed else "over, or not known"),
+                 *([f"the same command again tries the rest: {'; '.join(outcome.failed)}"] if outcome.failed else [])]
+        speaker.result({"run": run, "broken": [_document(one) for one in outcome.broken], "closed": outcome.closed,
+                        "failed": list(outcome.failed), "silent": silent}, "\n".join(lines),
+                       ExitCode.PAUSED if outcome.failed else ExitCode.DONE)
 
 
 def _document(one: Found) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def choose(runs: Sequence[Known], name: str) -> Known | None:
         UsageError: ``resume.which``, ``resume.no_such_run``, or it is over for good.
     """
     from opsctl.errors import UsageError
+    from opsctl.runs.judge import is_over
 
     if not name:
         waiting = [run for run in runs if run.unfinished]
@@ -62,9 +63,7 @@ def choose(runs: Sequence[Known], name: str) -> Known | None:
     for run in runs:
         if run.run == name:
             if not run.resumable or not run.argv:
-                why = run.closed or f"it ended with exit code {run.exit_code}"
-                raise UsageError("resume.is_over", f"run {name} is over: {why}.",
-                                 hint=f"anew: opsctl {' '.join(run.argv)}")
+                raise is_over(run)
             return run
     raise UsageError("resume.no_such_run", f"the gateway knows no run {name}.", hint="opsctl runs lists them")
 

@@ -7,6 +7,7 @@ itself.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -48,17 +49,20 @@ class Interrupts:
             os._exit(ExitCode.INTERRUPTED)
         self._came = True
         if self.careful:
-            _say("\n" + WORDS)
             timer = threading.Timer(CLEANUP_S, self._leave)
             timer.daemon = True  # goes on to the last moment: what is left of threads may hang too
             timer.start()
+            _say("\n" + WORDS)
         raise KeyboardInterrupt
 
     def _leave(self) -> None:
-        _say("not all could be put in order in time\n" + self._last_words())
-        os._exit(ExitCode.INTERRUPTED)
+        try:
+            _say("not all could be put in order in time\n" + self._last_words())
+        finally:
+            os._exit(ExitCode.INTERRUPTED)
 
 
 def _say(text: str) -> None:
-    """Past all buffers and locks: a handler may have interrupted whoever holds them."""
-    os.write(2, text.encode())
+    """Past all buffers and locks: a handler may have interrupted whoever holds them. Nobody has to be listening."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -36,6 +37,33 @@ NOT_KEPT = ("inventory", "as_json", "debug", "ask_become_pass", "only_plan")
 Limit = Annotated[str, typer.Option("--limit", help="Only these hosts: a host pattern, as Ansible's.")]
 
 
+class Result(Console):
+    """A console for stdout: a reader that went early (``| head``) is no error of ours."""
+
+    def on_broken_pipe(self) -> None:
+        """Rich would end the process, or whatever thread happens to speak."""
+        _say_no_more(self)
+
+
+class Talk(Result):
+    """A console for stderr: when its listener is gone, or its disk is full, the work goes on without a word."""
+
+    def __exit__(self, *about: Any) -> None:
+        try:
+            super().__exit__(*about)  # everything that Rich writes comes by here
+        except OSError:
+            _say_no_more(self)
+
+
+def _say_no_more(console: Console) -> None:
+    """Also not what lies in Python's own buffer, which would be tried again at exit and turn its code into 120."""
+    console.quiet = True
+    with contextlib.suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, console.file.fileno())
+        os.close(nowhere)
+
+
 class Speaker:
     """What a verb says and where; views get its events."""
 
@@ -44,8 +72,8 @@ class Speaker:
         self.as_json = as_json
         self.debug = debug
         self.exit_code = ExitCode.DONE
-        self.out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-        self.talk = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+        self.out = Result(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.talk = Talk(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
         self.view: View = choose_view(self.talk, quiet_terminal=as_json)
         self.run = ""  # the run that is under way
         self.interrupts = Interrupts(lambda: f"{self.way_on()}\n")
@@ -179,9 +207,14 @@ class Resumed:
     run: str
 
 
+def verb_of(context: typer.Context) -> str:
+    """Its name, whoever calls it: ``opsctl resume`` calls it ``opsctl update-model``, for its usage lines."""
+    return str(context.command.name)
+
+
 def typed(context: typer.Context) -> tuple[str, ...]:
     """The command line as it was typed, for whoever resumes the run, without what was for this time or person alone."""
-    words = [str(context.info_name)]
+    words = [verb_of(context)]
     for parameter in context.command.params:
         name = str(parameter.name)
         source = context.get_parameter_source(name)

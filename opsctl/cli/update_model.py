@@ -20,6 +20,7 @@ from opsctl.cli.speak import (
     find_inventory,
     speaking,
     typed,
+    verb_of,
     wanted_run,
 )
 
@@ -112,7 +113,7 @@ def task_of(context: typer.Context, request: Request, limit: str) -> Task:
     """The run that a change is: the same one, when service and version are the same."""
     from opsctl.runs.running import Task
 
-    intent = {"verb": str(context.info_name), "service": request.service.name, "version": request.version}
+    intent = {"verb": verb_of(context), "service": request.service.name, "version": request.version}
     hosts = tuple(host for host in request.hosts if request.service.group in host.groups)
     return Task(request.fleet, hosts, intent, (request.service.name,), typed(context), limit, wanted_run(context))
 

@@ -182,7 +182,7 @@ class _Conductor:
                     mover.move(back=back)
             except OpsctlError as found:
                 error = found
-            except Exception as found:  # noqa: BLE001 - a thread that ends without a word would be waited for for ever
+            except BaseException as found:  # noqa: BLE001 - a thread that ends without a word would be waited for for ever
                 error = PausedError("unexpected", f"{step.name}: unexpected {type(found).__name__}: {found}",
                                     hint="the same command again continues; --debug shows more")
             self._ended.put((step, back, error))

@@ -12,7 +12,7 @@ from opsctl.fleet.model import Fleet
 from opsctl.releases.remote import ask
 from opsctl.runs import bare
 from opsctl.runs.identity import Holder, holder_of, me
-from opsctl.runs.journal import NO_AGENT
+from opsctl.runs.journal import NO_AGENT, NOT_YET
 from opsctl.runs.judge import Known
 from opsctl.runs.running import close_run, read_runs
 
@@ -30,6 +30,15 @@ class Found:
     beat_s: float
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What was broken, whether the run is closed now, and what did not work, a sentence each."""
+
+    broken: tuple[Found, ...]
+    closed: bool
+    failed: tuple[str, ...] = ()
+
+
 def all_locks(fleet: Fleet) -> tuple[list[Found], list[str]]:
     """The locks of all hosts, and the hosts that do not answer."""
     found: list[Found] = []
@@ -43,16 +52,26 @@ def all_locks(fleet: Fleet) -> tuple[list[Found], list[str]]:
 
 
 def run_named(fleet: Fleet, name: str) -> Known | None:
-    """A run of the gateway's; None when it does not know it, or does not answer."""
-    return next((run for run in read_runs(fleet, optional=True) if run.run == name), None)
+    """A run of the gateway's; None when it knows of none, also because it has no agent yet.
+
+    Raises:
+        OpsctlError: it does not answer, and so nobody knows.
+    """
+    try:
+        return next((run for run in read_runs(fleet) if run.run == name), None)
+    except OpsctlError as error:
+        if error.code not in NOT_YET:
+            raise
+        return None
 
 
-def break_run(fleet: Fleet, locks: Sequence[Found], run: str, emit: Emit) -> tuple[list[Found], bool]:
-    """Breaks ``locks`` of a run and closes it; gives what was broken, and whether there was something to close.
+def break_run(fleet: Fleet, locks: Sequence[Found], run: str, emit: Emit) -> Outcome:
+    """Breaks ``locks`` of a run and closes it.
 
     The journal is read again after the locks are gone: a controller that lives has stopped writing, or will be refused.
     """
-    broken = []
+    broken: list[Found] = []
+    failed = []
     hosts = [fleet.host(name) for name in dict.fromkeys(one.host for one in locks)]
 
     def act(session: Session) -> list[Found]:
@@ -62,17 +81,18 @@ def break_run(fleet: Fleet, locks: Sequence[Found], run: str, emit: Emit) -> tup
     for name, answer in on_each(fleet, hosts, act).items():
         if isinstance(answer, OpsctlError):
             emit(TaskResult(name, "break its lock", "failed", answer.message, answer.log_tail))
+            failed.append(f"{name}: {answer.message}")
             continue
         broken += answer
-    known = run_named(fleet, run)
-    if known is None or not known.resumable:
-        return broken, False
     try:
-        close_run(fleet, known, "its locks were broken", me(run, "lock break").who)
+        known = run_named(fleet, run)
+        closes = known is not None and known.resumable
+        if known is not None and closes:
+            close_run(fleet, known, "its locks were broken", me(run, "lock break").who)
     except OpsctlError as error:
         emit(Note(f"run {run} could not be closed: {error.message}", "warning"))
-        return broken, False
-    return broken, True
+        return Outcome(tuple(broken), False, (*failed, f"run {run} could not be closed: {error.message}"))
+    return Outcome(tuple(broken), closes, tuple(failed))
 
 
 def _locks(session: Session) -> list[Found]:

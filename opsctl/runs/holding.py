@@ -119,8 +119,8 @@ def _write(fleet: Fleet, host: Host, verb: Sequence[str], emit: Emit, *, gateway
         raise main
     for name, answer in answers.items():
         if isinstance(answer, OpsctlError):
-            what = "the gateway does not answer, only the host itself knows of it" if name == gateway.name else \
-                "does not answer; the gateway knows, and that is what counts"
+            what = "the gateway does not answer, and this counts only until it does; then say it again" if \
+                name == gateway.name else "does not answer; the gateway knows, and that is what counts"
             emit(Note(f"{what}: {answer.message}", "warning", name))
     return any(answer["changed"] for answer in took)
 

@@ -28,6 +28,8 @@ PRIVATE = 0o700
 TIMEOUT_S = 20.0
 NO_AGENT = "host.no_answer"
 NOT_YET = (NO_AGENT, "host.no_sudo")  # a host before its first provision, which brings both
+FILE = "journal.ndjson"
+DIVERGED = "run.diverged"
 AGAIN_S = 10.0  # a gateway that did not answer is not asked at once again
 
 
@@ -71,7 +73,7 @@ class Journal:
         self._gateway = gateway_of(fleet).name
         self._session = Session(fleet, gateway_of(fleet))
         self._emit = emit
-        self._file = (self.directory / "journal.ndjson").open("a", encoding="utf-8")
+        self._file = (self.directory / FILE).open("a", encoding="utf-8")
         self._pending: list[str] = []
         self._sent = lines
         self._told = False

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from opsctl.errors import ExitCode, LockedError
+from opsctl.errors import ExitCode, LockedError, UsageError
 from opsctl.runs.identity import Holder, holder_of
 
 STALE_S = 60.0
 UNFINISHED = (int(ExitCode.PAUSED), int(ExitCode.INTERRUPTED))
+REFUSALS = (int(ExitCode.USAGE), int(ExitCode.CONFIGURATION), int(ExitCode.LOCKED), int(ExitCode.REFUSED))
 RESUMABLE = (*UNFINISHED, int(ExitCode.MIXED), int(ExitCode.UNEXPECTED))
 STAGE, UPDATE, ROLLBACK = "stage", "update-model", "rollback"
 
@@ -37,17 +38,24 @@ def lock(holder: Holder | None, me: Holder, *, lives: bool, beat_s: float) -> Ve
         return Verdict.FREE
     if holder.token == me.token:
         return Verdict.MINE
-    same_place = bool(me.machine_id) and (holder.user, holder.machine_id) == (me.user, me.machine_id)
-    if same_place and (holder.boot != me.boot or not lives):
+    if _same_place(holder, me) and (holder.boot != me.boot or not lives):
         return Verdict.GONE
     return Verdict.STALE if beat_s > STALE_S else Verdict.HELD
+
+
+def _same_place(holder: Holder, me: Holder) -> bool:
+    """Whether the holder's process could be seen from here. A machine id alone is shared by clones and containers."""
+    if not me.machine_id or (holder.namespace and holder.namespace != me.namespace):
+        return False
+    return (holder.user, holder.machine_id, holder.machine) == (me.user, me.machine_id, me.machine)
 
 
 @dataclass(frozen=True)
 class Known:
     """A run of the gateway's journal. ``exit_code``: None until it has ended; ``closed``: why it is over for good.
 
-    ``began`` is in seconds since 1970; ``holder`` is the process that began it.
+    ``hosts`` are those of all its starts, ``argv`` of the last that was for all of them. ``began`` and ``at``, when its
+    last line was written, are in seconds since 1970; ``holder`` is the process that began it.
     """
 
     run: str
@@ -63,6 +71,7 @@ class Known:
     closed: str = ""
     lines: int = 0
     holder: Holder | None = None
+    at: float = 0.0
 
     @property
     def unfinished(self) -> bool:
@@ -87,9 +96,10 @@ def known(document: Mapping[str, Any]) -> tuple[Known, ...]:
 
 @dataclass(frozen=True)
 class Continue:
-    """The same was wanted before and did not end: go on under its name."""
+    """The same was wanted before and did not end: go on under its name. ``closes``: as of ``Begin``."""
 
     run: Known
+    closes: tuple[Known, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,26 +123,67 @@ def decide(runs: Sequence[Known], intent: Mapping[str, Any], hosts: Collection[s
     """What becomes of a command that wants ``intent`` on ``hosts``.
 
     ``wanted``: the run that ``opsctl resume`` names.
+
+    Raises:
+        UsageError: ``resume.is_over``, ``resume.no_such_run``: that one ended, maybe while its operator was asked.
     """
-    for run in runs:
-        if run.run == wanted and run.resumable:
-            return Continue(run)
     verb = intent["verb"]
     open_runs = [run for run in runs if run.unfinished]
     same = [run for run in open_runs if run.intent == intent]
+    chosen = _named(runs, wanted) if wanted else same[0] if same else None
     if verb == STAGE:  # it has no lock: the same one may be at work still, and hosts go on with it in any case
-        return Begin(tuple(same))
-    if same:
-        return Continue(same[0])
+        return Continue(chosen) if wanted and chosen else Begin(tuple(same))
     closes = []
     for run in open_runs:
-        if run.verb == STAGE:
+        if run.verb == STAGE or run is chosen or (run in same and not wanted):
             continue
         if verb == ROLLBACK and run.verb in (UPDATE, ROLLBACK) and run.service == intent["service"]:
             closes.append(run)
         elif set(run.hosts) & set(hosts):
             return Blocked(run)
-    return Begin(tuple(closes))
+    return Continue(chosen, tuple(closes)) if chosen else Begin(tuple(closes))
+
+
+def _named(runs: Sequence[Known], name: str) -> Known:
+    for run in runs:
+        if run.run == name:
+            if not run.resumable:
+                raise is_over(run)
+            return run
+    raise UsageError("resume.no_such_run", f"the gateway knows no run {name}, or does not answer.",
+                     hint="opsctl runs lists them")
+
+
+def not_covered(decision: Continue | Begin, hosts: Collection[str], fleet: Collection[str]) -> list[str]:
+    """The hosts of a continued run that a start for ``hosts`` leaves as they are, of those that the fleet has. Pure."""
+    run = decision.run.hosts if isinstance(decision, Continue) else ()
+    return [host for host in run if host not in hosts and host in fleet]
+
+
+def is_over(run: Known) -> UsageError:
+    """The error for one that cannot be resumed."""
+    why = run.closed or f"it ended with exit code {run.exit_code}"
+    return UsageError("resume.is_over", f"run {run.run} is over: {why}.", hint=f"anew: opsctl {' '.join(run.argv)}")
+
+
+def taken_back(runs: Sequence[Known], late: Collection[str]) -> list[tuple[Known, Known]]:
+    """The unfinished updates that a rollback among ``late`` took back when the gateway was away, each with it. Pure.
+
+    One that somebody has been at since the rollback began is not.
+    """
+    done = [run for run in runs if run.run in late and run.verb == ROLLBACK and run.exit_code == 0]
+    return [(run, back) for back in done for run in runs
+            if run.unfinished and run.verb in (UPDATE, ROLLBACK) and run.service == back.service
+            and 0 < run.at < back.began]
+
+
+def ends_as(decision: Continue | Begin, code: int, *, declined: bool = False) -> int:
+    """The exit code that a journal gets. Who was refused did nothing: what they continued is as it was."""
+    if not isinstance(decision, Continue) or not (declined or code in REFUSALS):
+        return code
+    if decision.run.exit_code is not None:
+        return decision.run.exit_code
+    return code if declined else int(ExitCode.PAUSED)
 
 
 def blocked(run: Known, since: str) -> LockedError:
@@ -150,8 +201,9 @@ def _known(document: Mapping[str, Any]) -> Known:
     intent = began.get("intent")
     return Known(
         str(document["run"]), str(began.get("verb", "")), intent if isinstance(intent, dict) else {},
-        tuple(map(str, began.get("argv", ()))), tuple(map(str, began.get("hosts", ()))),
+        tuple(map(str, document.get("argv") or began.get("argv", ()))),  # an older agent: of the first start
+        tuple(map(str, document.get("hosts") or began.get("hosts", ()))),
         str(began.get("service") or ""), str(began.get("by", "")), float(began.get("t") or 0),
         int(ended["exit_code"]) if "exit_code" in ended else None, str(ended.get("code") or ""),
         str(closed.get("why") or closed.get("by") or "") if closed else "", int(document.get("lines") or 0),
-        holder_of(holder) if isinstance(holder, dict) else None)
+        holder_of(holder) if isinstance(holder, dict) else None, float(document.get("at") or 0))

@@ -8,6 +8,7 @@ with each heartbeat.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -29,6 +30,7 @@ from opsctl.runs.judge import Verdict
 
 HOST = "host"
 BEAT_EVERY_S = 15.0
+PATIENCE_S = 10.0  # with all of them together: one that hangs at its login delays nobody else's heartbeat
 OLD_S = 20.0  # a heartbeat older than this is renewed before the next act
 TIMEOUT_S = 15.0
 FAREWELL_S = 4.0
@@ -126,6 +128,14 @@ class Locks:
         old = [place for place in self.places if self._clock() - place.tried_s > OLD_S]
         if old and self._lost is None:
             self._each(old, self._beat)
+        self.known()
+
+    def known(self) -> None:
+        """The same without asking anybody: what the last heartbeats found.
+
+        Raises:
+            LockedError: ``lock.lost``.
+        """
         if self._lost is not None:
             raise self._lost
 
@@ -174,6 +184,9 @@ class Locks:
             except OpsctlError as error:
                 if place.name != HOST and not isinstance(error, LockedError):
                     self._without_gateway(place, error)
+                elif not place.quiet and not (self._allow_bare and error.code in NOT_YET):
+                    place.quiet = True
+                    self._warn(f"is not locked, and tried again with each heartbeat: {error.message}", place)
                 return Taken()
 
     def _try(self, place: Place) -> Taken:
@@ -204,7 +217,7 @@ class Locks:
 
     def _try_bare(self, place: Place) -> Taken:
         owner = bare.owner(place.session)
-        if owner is None and bare.take(place.session, self.holder):
+        if (owner is None or not owner.token) and bare.take(place.session, self.holder):
             place.how = "bare"
             return Taken()
         owner = owner or bare.owner(place.session) or bare.Owner({"verb": "provision", "user": "somebody"}, 0.0)
@@ -228,7 +241,7 @@ class Locks:
         if self._verdict(told) is Verdict.HELD:
             ask(place.session, ["lock-drop", "--name", place.name, "--token", self.holder.token], host=place.host.name)
             return Taken(told)
-        bare.drop(place.session, str(owner.holder.get("token")))
+        bare.drop(place.session, owner.token)
         return taken
 
     def _verdict(self, document: dict[str, Any]) -> Verdict:
@@ -250,11 +263,13 @@ class Locks:
                             place.host.name))
 
     def _beat_on(self) -> None:
-        while not self._done.wait(BEAT_EVERY_S) and self._lost is None:
+        due_s = time.monotonic() + BEAT_EVERY_S
+        while not self._done.wait(max(0.0, due_s - time.monotonic())) and self._lost is None:
+            due_s = time.monotonic() + BEAT_EVERY_S
             try:
-                self._each(self.places, self._beat)
+                at_once([place for place in self.places if not place.only_one.locked()], self._beat, PATIENCE_S)
                 self.meanwhile()
-            except OpsctlError:  # told at the next check
+            except Exception:  # noqa: BLE001, S112 - whatever it is, e.g. a full disk: the next act meets it, and says so
                 continue
 
     def _beat(self, place: Place) -> None:
@@ -275,17 +290,20 @@ class Locks:
             except OpsctlError as error:
                 if place.how != "none" and not place.quiet:
                     place.quiet = True
-                    self._emit(Note(f"does not answer the heartbeat of its lock: {error.message}", "warning",
-                                    place.host.name))
+                    self._warn(f"does not answer the heartbeat of its lock: {error.message}", place)
+
+    def _warn(self, message: str, place: Place) -> None:
+        with contextlib.suppress(Exception):  # a full disk or a dead terminal: the next event meets it too
+            self._emit(Note(message, "warning", place.host.name))
 
     def _try_again(self, place: Place) -> None:
         if place.how == "bare":
             owner = bare.renew(place.session, self.holder)
-            if owner is None or owner.holder.get("token") != self.holder.token:
+            if owner is None or owner.token != self.holder.token:
                 self._lose(place, {**owner.holder, "beat_s": owner.beat_s} if owner else None)
                 return
         taken = self._try(place)
-        if taken.holder is not None and place.how == "bare":
+        if taken.holder is not None:
             self._lose(place, taken.holder)
 
     def _lose(self, place: Place, document: dict[str, Any] | None) -> None:
@@ -340,8 +358,8 @@ def _held(places: Sequence[Place], document: dict[str, Any]) -> LockedError:
     holder = holder_of(document)
     where = ", ".join(place.words for place in places)
     return LockedError("lock.held", f"{where}: locked by {_holder_words(document)}.",
-                       hint="wait until it has ended" + (f"; if it never will: opsctl lock break {holder.run}"
-                                                         if holder.run else ""))
+                       hint="wait until it has ended; if it never will: "
+                       + (f"opsctl lock break {holder.run}" if holder.run else f"rm -r {bare.PLACE} there, as root"))
 
 
 def _holder_words(document: dict[str, Any]) -> str:

@@ -8,9 +8,10 @@ A run that is continued keeps its name: its drains and cutovers are owned by ``r
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,16 +23,16 @@ from opsctl.fleet.model import Fleet, Host
 from opsctl.fleet.placements import gateway as gateway_of
 from opsctl.releases.books import SILENT
 from opsctl.releases.remote import ask
-from opsctl.runs import Declined, busy, holding, judge
+from opsctl.runs import Declined, busy, holding, judge, leftovers
 from opsctl.runs.holding import Hold
 from opsctl.runs.identity import Holder, me
-from opsctl.runs.journal import NOT_YET, Journal, Run, make_directory, new_name
+from opsctl.runs.journal import DIVERGED, NOT_YET, Journal, Run, make_directory, new_name, nothing
 from opsctl.runs.judge import Begin, Blocked, Continue, Known
 from opsctl.runs.locking import LOST, Locks
 
 WAITS_FOR: Mapping[str, tuple[str, ...]] = {"provision": ("dpkg", "ansible")}  # others: a task of Ansible's alone
 PROVISION, ROLLBACK, STAGE = "provision", judge.ROLLBACK, judge.STAGE
-DIVERGED, DECLINED = "run.diverged", "declined"
+DECLINED = "declined"
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def running(task: Task, listener: Emit) -> Iterator[Work]:
 
     Raises:
         LockedError: ``host.on_hold``, ``lock.held``, ``run.unfinished``.
+        UsageError: ``resume.is_over``, ``resume.no_such_run``: so is what was to be continued.
         RefusedError: the gateway does not answer.
         PausedError: ``host.busy``.
     """
@@ -99,13 +101,23 @@ def running(task: Task, listener: Emit) -> Iterator[Work]:
 def read_runs(fleet: Fleet, *, optional: bool = False, limit: int = 0) -> tuple[Known, ...]:
     """The gateway's runs, newest first. ``optional``: none, when it does not answer or has no agent.
 
+    What it missed of them, and lies here, is sent to it before.
+
     Raises:
         OpsctlError: what the gateway says.
     """
     gateway = gateway_of(fleet)
     try:
         with Session(fleet, gateway) as session:
-            return judge.known(ask(session, ["runs", *(["--limit", str(limit)] if limit else [])], host=gateway.name))
+            def read() -> tuple[Known, ...]:
+                more = ["--limit", str(limit)] if limit else []
+                return judge.known(ask(session, ["runs", *more], host=gateway.name))
+
+            runs = read()
+            late = leftovers.send(fleet, session, runs, gateway.name)
+            if late:
+                _take_back(fleet, judge.taken_back(read(), late))
+            return read() if late else runs
     except OpsctlError as error:
         if optional and error.code in (*SILENT, *NOT_YET):
             return ()
@@ -130,6 +142,13 @@ def close_run(fleet: Fleet, run: Known, why: str, by: str) -> None:
         ask(session, ["run-append", "--run", run.run, "--from", str(run.lines)], host=gateway.name, stdin=line.encode())
 
 
+def _take_back(fleet: Fleet, pairs: Sequence[tuple[Known, Known]]) -> None:
+    """Closes updates whose rollback was over before the gateway answered again."""
+    for run, rollback in pairs:
+        with contextlib.suppress(OpsctlError):  # somebody goes on with it, or the gateway is away again
+            close_run(fleet, run, f"taken back by {rollback.run}", rollback.by)
+
+
 def utc(seconds: float) -> str:
     """``2026-11-22 03:15 UTC``."""
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
@@ -144,13 +163,17 @@ def _journal(task: Task, hosts: Sequence[Host], name: str, decision: Begin | Con
 
     staging = task.verb == STAGE
 
-    def about_to() -> None:
+    def safe() -> bool:
+        """What every phase waits for: locked, and written down. Whether the gateway has it."""
         locks.check()
         if staging:
             _gather(journal)
-            return
-        journal.sync()
-        closer.close()
+            return False
+        return journal.sync()
+
+    def about_to() -> None:
+        if safe():
+            closer.close()
 
     run = Run(name, make_directory(task.fleet.directory, name), locks.check, about_to)
     locks.meanwhile = lambda: _gather(journal)
@@ -158,14 +181,17 @@ def _journal(task: Task, hosts: Sequence[Host], name: str, decision: Begin | Con
     try:
         journal.write(_first_line(task, hosts, name, decision, holder))
         journal.sync(at_once=True)
-        emit.keep(journal, about_to)
+        emit.keep(journal, safe, locks.known)  # a phase that only looks may be refused yet: it closes nothing
         emit(RunStarted(task.verb, name, tuple(host.name for host in hosts)))
         if isinstance(decision, Continue):
             emit(Note(f"continues run {name} of {decision.run.by}, begun {utc(decision.run.began)}"))
         yield run
         code = int(ExitCode.DONE)
-        if staging:
-            closer.close()
+        closer.close()
+        rest = judge.not_covered(decision, {host.name for host in task.hosts}, {host.name for host in task.fleet.hosts})
+        if rest:
+            code = int(ExitCode.PAUSED)
+            emit(Note(f"run {name} is not over: it is for {', '.join(rest)} too; opsctl resume {name}", "warning"))
     except OpsctlError as error:
         code, word = int(error.exit_code), error.code
         raise
@@ -177,7 +203,9 @@ def _journal(task: Task, hosts: Sequence[Host], name: str, decision: Begin | Con
         raise
     finally:
         emit.keep(None, None)
-        _end(journal, code, word, holder, closes=word == DECLINED and isinstance(decision, Begin))
+        declined = word == DECLINED
+        _end(journal, judge.ends_as(decision, code, declined=declined), word, holder,
+             closes=declined and isinstance(decision, Begin))
 
 
 def _end(journal: Journal, code: int, word: str, holder: Holder, *, closes: bool) -> None:
@@ -207,7 +235,7 @@ def _first_line(task: Task, hosts: Sequence[Host], name: str, decision: Begin | 
     names = [host.name for host in hosts]
     about = {"run": name, "verb": task.verb, "argv": list(task.argv), "hosts": names, "by": holder.who, "holder": who}
     if isinstance(decision, Continue):
-        return {"event": "RunContinued", **about}
+        return {"event": "RunContinued", "line": decision.run.lines, **about}
     return {"event": "RunBegan", **about, "intent": dict(task.intent), "service": str(task.intent.get("service", ""))}
 
 
@@ -221,47 +249,58 @@ def _locks(task: Task, hosts: Sequence[Host], holder: Holder, emit: Emit) -> Loc
 class _Closer:
     """Closes the runs that this one takes back when it is about to act, not before: it may be refused yet.
 
-    A stage closes those that were cut off when it has done the same; one that is at work all the same goes on.
+    One that could not be closed is tried again before the next act, and at the end when all went well. A stage closes
+    those that were cut off when it has done the same; one that is at work all the same goes on.
     """
 
     def __init__(self, fleet: Fleet, decision: Begin | Continue, holder: Holder, run: str, emit: Emit) -> None:
         self._fleet = fleet
-        self._runs = decision.closes if isinstance(decision, Begin) else ()
+        self._runs = decision.closes
         self._why = f"{'done' if holder.verb == STAGE else 'taken back'} by {run}"
         self._by = holder.who
         self._emit = emit
+        self._told: set[str] = set()
 
     def close(self) -> None:
-        runs, self._runs = self._runs, ()
-        for run in runs:
-            try:
-                close_run(self._fleet, run, self._why, self._by)
-                self._emit(Note(f"run {run.run} ({run.verb} by {run.by}) is closed: {self._why}"))
-            except OpsctlError as error:
+        self._runs = tuple(run for run in self._runs if not self._close(run))
+
+    def _close(self, run: Known) -> bool:
+        """Whether there is nothing left to try: also where somebody else goes on with it."""
+        try:
+            close_run(self._fleet, run, self._why, self._by)
+        except OpsctlError as error:
+            if run.run not in self._told:
                 self._emit(Note(f"run {run.run} could not be closed: {error.message}", "warning"))
+            self._told.add(run.run)
+            return isinstance(error, LockedError)
+        self._emit(Note(f"run {run.run} ({run.verb} by {run.by}) is closed: {self._why}"))
+        return True
 
 
 class _Emit:
     """Writes the journal before the listener hears of an event; a phase does not begin before the gateway has it.
 
-    What only moves a progress bar (``Progress``, ``TaskStarted``) is heard but not kept.
+    What only moves a progress bar (``Progress``, ``TaskStarted``) is heard but not kept. Any event ends who emits it
+    when a heartbeat has found a lock gone: a play of Ansible's has no acts of its own to ask before.
     """
 
     def __init__(self, listener: Emit) -> None:
         self._listener = listener
         self._journal: Journal | None = None
         self._about_to: Any = None
+        self._known: Callable[[], None] = nothing
         self._one = threading.RLock()
 
-    def keep(self, journal: Journal | None, about_to: Any) -> None:
+    def keep(self, journal: Journal | None, about_to: Any, known: Callable[[], None] = nothing) -> None:
         with self._one:
-            self._journal, self._about_to = journal, about_to
+            self._journal, self._about_to, self._known = journal, about_to, known
 
     def __call__(self, event: Event) -> None:
         with self._one:
             if self._journal is not None and not isinstance(event, Progress | TaskStarted):
                 self._journal.write(as_document(event))
             self._listener(event)
-            about_to = self._about_to
+            about_to, known = self._about_to, self._known
+        known()
         if isinstance(event, PhaseStarted) and about_to is not None:
             about_to()

@@ -87,5 +87,5 @@ def holder(name: str = "ann", run: str = "R1", **more: Any) -> Holder:
     """A person at a machine of their own."""
     return Holder(**{"token": f"token-of-{name}-{run}", "run": run, "verb": "update-model", "user": name,
                      "machine": f"{name}s-laptop", "machine_id": f"id-of-{name}s", "boot": "boot-1", "pid": 4711,
-                     "pid_start": 99} | more)
+                     "pid_start": 99, "namespace": "pid:[1]"} | more)
 

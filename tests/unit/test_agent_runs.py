@@ -216,6 +216,7 @@ def test_a_run_over_the_verbs(host: Paths) -> None:
     assert says("run-append", "--run", RUN, "--from", "1", stdin=body(ended(2, 8))) == (0, {"lines": 2})
     assert says("run-show", "--run", RUN) == (0, {"run": RUN, "lines": [BEGAN, ended(2, 8)]})
     (found,) = says("runs", "--limit", "5")[1]["runs"]
-    assert found == {"run": RUN, "began": BEGAN, "ended": ended(2, 8), "closed": None, "lines": 2, "at": 2}
+    assert found == {"run": RUN, "began": BEGAN, "ended": ended(2, 8), "closed": None, "lines": 2, "at": 2,
+                     "hosts": BEGAN.get("hosts", []), "argv": BEGAN.get("argv", [])}
     code, answer = says("run-show", "--run", "nothing")
     assert (code, answer["error"]["code"]) == (2, "run.unknown")

@@ -103,10 +103,10 @@ def test_holds_runs_and_resume(place: Place) -> None:
               (place.root / "var/lib/opsctl/runs/R1.ndjson").read_text().splitlines()]
     assert (events[:2], events[-1]) == (["RunBegan", "RunContinued"], "RunEnded")
 
-    place.write_run("R1", began)
-    said = place.opsctl("lock", "break", "R1", "--json")
+    place.write_run("R2", began | {"run": "R2"})
+    said = place.opsctl("lock", "break", "R2", "--json")
     assert said.returncode == 2, "it asks"
-    assert place.document("lock", "break", "R1", "--yes")["closed"] is True
+    assert place.document("lock", "break", "R2", "--yes")["closed"] is True
     assert place.document("runs")["runs"][0]["state"] == "closed"
-    gone = place.opsctl("resume", "R1", "--json")
+    gone = place.opsctl("resume", "R2", "--json")
     assert (gone.returncode, json.loads(gone.stdout)["error"]["code"]) == (2, "resume.is_over")

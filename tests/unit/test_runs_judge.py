@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from runs_kit import holder
 
-from opsctl.errors import ExitCode
+from opsctl.errors import ExitCode, UsageError
 from opsctl.runs import identity, judge
 from opsctl.runs.identity import Holder
 from opsctl.runs.judge import Begin, Blocked, Continue, Known, Verdict, decide, known
@@ -36,6 +36,10 @@ STAGE = {"verb": "stage", "service": "chat", "version": "v2"}
     (holder("bob", "R1", machine_id=ME.machine_id), False, 1, Verdict.HELD),  # another user on the same machine
     (holder("ann", "R1", machine_id="id-of-desk"), False, 1, Verdict.HELD),  # the same user elsewhere
     (holder("ann", "R1", machine=ME.machine, machine_id="id-of-desk"), False, 1, Verdict.HELD),  # two called laptop
+    (holder("ann", "R1", machine="clone"), False, 1, Verdict.HELD),  # two made of one image
+    (holder("ann", "R1", machine="clone", boot="boot-0"), False, 1, Verdict.HELD),
+    (holder("ann", "R1", namespace="pid:[2]"), False, 1, Verdict.HELD),  # its processes cannot be seen from here
+    (holder("ann", "R1", namespace=""), False, 1, Verdict.GONE),  # an older agent does not keep it
 ])
 def test_who_may_take_a_lock(other: Holder | None, lives: bool, beat_s: float, verdict: Verdict) -> None:
     assert judge.lock(other, ME, lives=lives, beat_s=beat_s) is verdict
@@ -135,3 +139,35 @@ def test_a_holder_survives_its_document() -> None:
     mine = identity.me("R1", "stage")
     assert identity.holder_of(mine.as_document()) == mine
     assert mine.token != identity.me("R1", "stage").token
+
+
+@pytest.mark.parametrize(("runs", "word"), [
+    ([run("R1", V2, 6)], "resume.is_over"), ([run("R1", V2, 0)], "resume.is_over"),
+    ([run("R1", V2, 8, closed="taken back by R2")], "resume.is_over"), ([run("R0", V2, 8)], "resume.no_such_run"),
+    ([], "resume.no_such_run")])
+def test_a_run_that_is_named_and_over_is_not_begun_anew(runs: list[Known], word: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        decide(runs, V2, {"gpu-1"}, wanted="R1")
+    assert refused.value.code == word
+
+
+@pytest.mark.parametrize(("others", "intent", "decision"), [
+    ([run("R2", PROVISION)], V2, Blocked(run("R2", PROVISION))),
+    ([run("R2", V2, 8)], V2, Blocked(run("R2", V2, 8))),
+    ([run("R2", PROVISION, hosts=("gpu-9",))], V2, Continue(run("R1", V2, 7))),
+    ([run("R2", STAGE)], V2, Continue(run("R1", V2, 7))),
+    ([run("R2", V2, 8)], BACK, Continue(run("R1", BACK, 7), (run("R2", V2, 8),))),
+])
+def test_a_run_that_is_named_waits_for_others_too(others: list[Known], intent: dict[str, Any], decision: object
+                                                  ) -> None:
+    assert decide([*others, run("R1", intent, 7)], intent, {"gpu-1"}, wanted="R1") == decision
+
+
+def test_a_rollback_that_goes_on_takes_back_what_it_had_not_yet() -> None:
+    update, back = run("R1", V2, 8), run("R2", BACK, 8)
+    assert decide([back, update], BACK, {"gpu-1"}) == Continue(back, (update,))
+
+
+def test_the_same_command_on_more_hosts_runs_into_others() -> None:
+    other = run("R2", PROVISION, hosts=("gpu-9",))
+    assert decide([other, run("R1", V2, 8)], V2, {"gpu-1", "gpu-9"}) == Blocked(other)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from opsctl.agent import locks as host_locks
 from opsctl.engines.events import Event, Note, discard
 from opsctl.errors import ExitCode, LockedError, OpsctlError, RefusedError
 from opsctl.fleet.model import Fleet
-from opsctl.runs import bare, identity
+from opsctl.runs import bare, identity, locking
 from opsctl.runs.identity import Holder
 from opsctl.runs.locking import Locks
 
@@ -303,3 +305,158 @@ def test_what_else_the_gateway_says_is_told_as_it_is(fleet: Fleet, hosts: dict[s
     with pytest.raises(OpsctlError) as refused:
         locks(fleet, holder(), gateway_optional=True).take()
     assert refused.value.code == "host.foreign_key"
+
+
+def test_a_heart_that_stumbles_beats_on(fleet: Fleet, hosts: dict[str, RunsHost], monkeypatch: pytest.MonkeyPatch
+                                        ) -> None:
+    monkeypatch.setattr(locking, "BEAT_EVERY_S", 0.01)
+    thrice, times = threading.Event(), list[int]()
+
+    def full() -> None:
+        times.append(1)
+        if len(times) > 2:
+            thrice.set()
+        raise OSError(28, "No space left on device")
+
+    mine = locks(fleet, holder())
+    mine.meanwhile = full
+    mine.take()
+    assert thrice.wait(5)
+    mine.drop()
+
+
+def test_a_word_that_cannot_be_said_stops_no_heartbeat(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    def dead(_: Event) -> None:
+        raise OSError(5, "Input/output error")
+
+    clock = Clock()
+    mine = locks(fleet, holder(), clock=clock, emit=dead)
+    mine.take()
+    hosts["gpu-1"].silent = "host.unreachable"
+    clock.now_s += 30
+    mine.check()
+    assert hosts["gpu-2"].verbs.count("lock-renew") == 1
+    mine.drop()
+
+
+def test_one_that_hangs_holds_up_nobodys_heartbeat(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locking, "BEAT_EVERY_S", 0.01)
+    monkeypatch.setattr(locking, "PATIENCE_S", 0.01, raising=False)
+    go_on, thrice, hangs, beats = threading.Event(), threading.Event(), list[str](), list[str]()
+    beat = Locks._beat
+
+    def slow(self: Locks, place: locking.Place) -> None:
+        if place.host.name == "gpu-2":
+            with place.only_one:
+                hangs.append("gpu-2")
+                go_on.wait(10)
+            return
+        beat(self, place)
+        beats.append(place.host.name)
+        if beats.count("gpu-3") > 2:
+            thrice.set()
+
+    monkeypatch.setattr(Locks, "_beat", slow)
+    mine = locks(fleet, holder())
+    mine.take()
+    assert thrice.wait(5)
+    assert hangs == ["gpu-2"], "nobody queues up behind it"
+    go_on.set()
+    mine.drop()
+
+
+def older(path: Path, seconds: float = 61) -> None:
+    then = path.stat().st_mtime - seconds
+    os.utime(path, (then, then))
+
+
+@pytest.mark.parametrize("left", ["", "{\n", "null\n", None])
+def test_an_owner_that_a_power_cut_left_empty_goes_stale(fleet: Fleet, bare_hosts: dict[str, RunsHost],
+                                                         left: str | None) -> None:
+    folder = bare_lock(bare_hosts["gpu-1"])
+    folder.mkdir(parents=True)
+    if left is None:
+        (folder / "over.T").mkdir()
+    else:
+        (folder / "owner").write_text(left)
+    with pytest.raises(LockedError) as refused:
+        locks(fleet, holder(), allow_bare=True).take()
+    assert "gpu-1: locked by somebody" in refused.value.message
+    assert "/var/lib/opsctl-provision.lock" in refused.value.hint
+    older(folder)
+    mine = locks(fleet, holder(), allow_bare=True)
+    mine.take()
+    owner = bare.owner(bare_hosts["gpu-1"])
+    assert owner is not None
+    assert owner.holder["user"] == "ann"
+    mine.drop()
+    assert not folder.exists()
+
+
+def test_a_folder_that_is_just_given_back_stands_in_nobodys_way(fleet: Fleet, bare_hosts: dict[str, RunsHost]) -> None:
+    bare_lock(bare_hosts["gpu-1"]).mkdir(parents=True)
+    mine = locks(fleet, holder(), allow_bare=True)
+    mine.take()
+    mine.drop()
+
+
+def test_an_agent_that_has_come_does_away_with_an_empty_owner(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    folder = bare_lock(hosts["gpu-1"])
+    folder.mkdir(parents=True)
+    (folder / "owner").touch()
+    older(folder)
+    mine = locks(fleet, holder(), allow_bare=True)
+    mine.take()
+    assert not folder.exists()
+    mine.drop()
+
+
+def test_the_owner_lies_on_the_disk_before_the_lock_is_there(fleet: Fleet, bare_hosts: dict[str, RunsHost],
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    program = RunsHost._program
+    monkeypatch.setattr(RunsHost, "_program", lambda self, argv, chunks: asked.append(list(argv)) or program(
+        self, argv, chunks))
+    assert bare.take(bare_hosts["gpu-1"], holder())
+    done = [argv[0] for argv in asked]
+    assert done == ["mkdir", "cat", "tee", "sync", "mv", "sync", "mv"]
+
+
+def test_a_takeover_that_was_cut_off_goes_stale_too(fleet: Fleet, bare_hosts: dict[str, RunsHost]) -> None:
+    host = bare_hosts["gpu-1"]
+    assert bare.take(host, holder("ann", "R0"))
+    host.clock_s += 61
+    owner = bare.owner(host)
+    assert owner is not None
+    cut = bare_lock(host) / f"over.{owner.holder['token']}"
+    cut.mkdir()
+    assert not bare.take(host, holder("bob"), over=owner)
+    older(cut)
+    assert bare.take(host, holder("bob"), over=owner)
+    assert not bare.take(host, holder("eve"), over=owner)
+    older(cut.with_name(f"{cut.name}.1"))
+    assert not bare.take(host, holder("eve"), over=owner), "bob has it, whatever eve saw a while ago"
+    now = bare.owner(host)
+    assert now is not None
+    assert now.holder["user"] == "bob"
+
+
+def test_a_host_without_a_lock_is_named_and_one_that_somebody_else_has_by_then_stops_us(
+        fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    clock, seen = Clock(), list[Event]()
+    hosts["gpu-2"].silent = "host.unreachable"
+    mine = locks(fleet, holder(), clock=clock, emit=seen.append)
+    mine.take()
+    mine.rename("R0")
+    assert said(seen) == "is not locked, and tried again with each heartbeat: gpu-2 does not answer."
+    hosts["gpu-2"].silent = ""
+    bobs = locks(fleet, holder("bob", "R2"), ("gpu-2",))
+    bobs._services.clear()
+    bobs.take()
+    clock.now_s += 30
+    with pytest.raises(LockedError, match="gpu-2 is not ours any more: taken by bob"):
+        mine.check()
+    mine.drop()
+    assert held(hosts["gpu-2"]) == {"host": "R2"}
+    bobs.drop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,16 @@ from opsctl.agent import holds as host_holds
 from opsctl.agent import locks as host_locks
 from opsctl.agent import runs as host_runs
 from opsctl.engines.events import Event, Note, PhaseStarted, Progress, RunStarted, TaskResult, discard
-from opsctl.errors import ExitCode, LockedError, MixedError, OpsctlError, PausedError, RefusedError
+from opsctl.errors import (
+    ConfigurationError,
+    ExitCode,
+    LockedError,
+    MixedError,
+    OpsctlError,
+    PausedError,
+    RefusedError,
+    UsageError,
+)
 from opsctl.fleet.model import Fleet
 from opsctl.runs import Declined, busy, locking, running
 from opsctl.runs.running import Task, read_runs
@@ -395,3 +405,193 @@ def test_a_first_provision_that_still_needs_a_password_goes_on(fleet: Fleet, hos
         work.run.about_to()
     assert [event for event in seen if isinstance(event, Note)] == []
     assert read_runs(fleet)[0].state == "done"
+
+
+def test_a_move_whose_thread_is_told_to_exit_is_over_too(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    from opsctl.releases import roll
+    from opsctl.releases.plan import Step
+
+    def leave(*_: object, **__: object) -> None:
+        raise SystemExit(1)
+
+    monkeypatch.setattr(roll._Mover, "move", leave)
+    step = Step(host="gpu-1", instance="chat.0", now="", next="v2-bbbbbbbbbbbb", action="move", serving=False, wave=1,
+                back="")
+    conductor = roll._Conductor(replace(fleet, load_balancer="none"), fleet.services[0], roll.Settings("R1", 60, 50),
+                                discard)
+    conductor._begin(step, back=False)
+    _, _, error = conductor._ended.get(timeout=5)
+    assert error is not None
+    assert "unexpected SystemExit" in error.message
+
+
+@pytest.mark.parametrize("refusal", [
+    UsageError("a.b", "no."), ConfigurationError("a.b", "no."), LockedError("a.b", "no."), RefusedError("a.b", "no."),
+    Declined()])
+@pytest.mark.parametrize("before", [PausedError("c.d", "later."), MixedError("e.f", "half."), None])
+def test_a_continuation_that_is_refused_leaves_the_run_as_it_was(
+        fleet: Fleet, hosts: dict[str, RunsHost], refusal: BaseException, before: OpsctlError | None,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    if before is None:
+        run = cut_off(fleet, V2, monkeypatch)
+        later(hosts)
+    else:
+        with pytest.raises(type(before)), running.running(task(fleet), discard) as work:
+            raise before
+        run = work.run.name
+    was = read_runs(fleet)[0]
+    with pytest.raises(type(refusal)), running.running(task(fleet, wanted=run), discard):
+        raise refusal
+    now = read_runs(fleet)[0]
+    assert (now.run, now.unfinished, now.resumable, now.closed) == (run, was.unfinished, True, "")
+    assert now.exit_code == (was.exit_code or (130 if isinstance(refusal, Declined) else 8))
+
+
+def test_a_rollback_that_only_looks_takes_nothing_back(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    run = cut_off(fleet, V2, monkeypatch)
+    later(hosts)
+    with pytest.raises(Declined), running.running(task(fleet, BACK), discard) as work:
+        work.emit(PhaseStarted("Look"))
+        raise Declined
+    assert next(one for one in read_runs(fleet) if one.run == run).unfinished
+
+
+def test_a_rollback_with_nothing_to_move_takes_it_back_at_its_end(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    run = cut_off(fleet, V2, monkeypatch)
+    later(hosts)
+    with running.running(task(fleet, BACK), discard) as work:
+        work.emit(PhaseStarted("Look"))
+    assert next(one for one in read_runs(fleet) if one.run == run).closed == f"taken back by {work.run.name}"
+
+
+def test_what_could_not_be_closed_is_closed_later(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    run = cut_off(fleet, V2, monkeypatch)
+    later(hosts)
+    close, failed, seen = running.close_run, list[str](), list[Event]()
+
+    def fails_twice(fleet: Fleet, run: Any, *more: str) -> None:
+        if len(failed) < 2:
+            failed.append(run.run)
+            raise OpsctlError("host.timed_out", "ops-1 did not answer.")
+        close(fleet, run, *more)
+
+    monkeypatch.setattr(running, "close_run", fails_twice)
+    with running.running(task(fleet, BACK), seen.append) as work:
+        work.run.about_to()
+        work.run.about_to()
+    assert next(one for one in read_runs(fleet) if one.run == run).closed == f"taken back by {work.run.name}"
+    assert len([one for one in seen if isinstance(one, Note) and "could not be closed" in one.message]) == 1
+
+
+def in_the_dark(fleet: Fleet, hosts: dict[str, RunsHost], intent: dict[str, str], error: BaseException | None = None
+                ) -> str:
+    """A run that ends while the gateway is away."""
+    with contextlib.suppress(OpsctlError), running.running(task(fleet, intent), discard) as work:
+        work.run.about_to()
+        work.emit(Note("and now the gateway goes"))
+        hosts["ops-1"].silent = "host.unreachable"
+        if error:
+            raise error
+    hosts["ops-1"].silent = ""
+    later(hosts)
+    return work.run.name
+
+
+def test_an_end_that_the_gateway_missed_is_told_later(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    run = in_the_dark(fleet, hosts, V2)
+    assert events(hosts, run)[-1] == "RunStarted"
+    with running.running(task(fleet, V3), discard) as work:
+        assert work.run.name != run
+    assert events(hosts, run)[-2:] == ["Note", "RunEnded"]
+    assert {one.run: one.state for one in read_runs(fleet)} == {run: "done", work.run.name: "done"}
+
+
+def test_so_is_the_end_of_one_that_was_continued(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    with pytest.raises(PausedError), running.running(task(fleet), discard):
+        raise PausedError("c.d", "later.")
+    run = in_the_dark(fleet, hosts, V2)
+    assert events(hosts, run)[-1] == "Note", "continues run"
+    assert [one.state for one in read_runs(fleet)] == ["done"]
+    assert events(hosts, run).count("RunBegan") == 1
+
+
+def test_what_somebody_else_continued_is_not_written_over(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    run = in_the_dark(fleet, hosts, V2, MixedError("e.f", "half."))
+    with monkeypatch.context() as elsewhere, pytest.raises(PausedError):
+        elsewhere.setattr(running.leftovers, "send", lambda *_: ())
+        with running.running(task(fleet), discard) as work:
+            raise PausedError("c.d", "later.")
+    assert work.run.name == run
+    was = journal(hosts, run)
+    assert [one.exit_code for one in read_runs(fleet)] == [8]
+    assert journal(hosts, run) == was
+
+
+def test_a_run_that_lost_its_locks_tells_no_end_of_it_later(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    run = in_the_dark(fleet, hosts, V2, LockedError("lock.lost", "taken by bob."))
+    assert [(one.run, one.unfinished) for one in read_runs(fleet)] == [(run, True)]
+
+
+def test_a_rollback_without_the_gateway_is_known_later_and_so_is_what_it_took_back(
+        fleet: Fleet, hosts: dict[str, RunsHost], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = cut_off(fleet, V2, monkeypatch)
+    later(hosts)
+    hosts["ops-1"].silent = "host.unreachable"
+    with running.running(task(fleet, BACK), discard) as work:
+        work.run.about_to()
+    hosts["ops-1"].silent = ""
+    known = {one.run: one for one in read_runs(fleet)}
+    assert known[work.run.name].state == "done"
+    assert known[run].closed == f"taken back by {work.run.name}"
+
+
+def test_a_lock_that_is_known_to_be_lost_stops_a_play_at_its_next_event(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[locking.Locks] = []
+    make = running._locks
+    monkeypatch.setattr(running, "_locks", lambda *given: made.append(make(*given)) or made[0])
+    with pytest.raises(LockedError) as lost, running.running(task(fleet), discard) as work:
+        work.emit(TaskResult("gpu-1", "x", "changed"))
+        host_locks.break_(hosts["gpu-2"].paths, "host", work.run.name)
+        for place in made[0].places:
+            made[0]._beat(place)
+        for event in (TaskResult("gpu-1", "y", "changed"), Progress("bytes", 1, 2)):
+            with pytest.raises(LockedError):
+                work.emit(event)
+        work.emit(TaskResult("gpu-1", "z", "changed"))
+    assert lost.value.code == "lock.lost"
+    assert locked(hosts) == {}
+
+
+def some(fleet: Fleet, *names: str, **more: Any) -> Task:
+    return Task(fleet, tuple(fleet.host(name) for name in names), V2, ("chat",), ("update-model", *names), **more)
+
+
+def test_a_run_has_the_hosts_of_all_its_starts(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    for names in (("gpu-1",), ("gpu-1", "gpu-2"), ("gpu-2",)):
+        with pytest.raises(PausedError), running.running(some(fleet, *names), discard):
+            raise PausedError("c.d", "later.")
+    (run,) = read_runs(fleet)
+    assert (run.hosts, run.argv) == (("gpu-1", "gpu-2"), ("update-model", "gpu-1", "gpu-2"))
+    with pytest.raises(LockedError) as refused, running.running(replace(some(fleet, "gpu-2"), intent=V3), discard):
+        pass
+    assert refused.value.code == "run.unfinished"
+
+
+def test_some_of_its_hosts_do_not_end_a_run(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    with pytest.raises(PausedError), running.running(task(fleet), discard):
+        raise PausedError("c.d", "later.")
+    seen: list[Event] = []
+    with running.running(some(fleet, "gpu-1"), seen.append):
+        pass
+    (run,) = read_runs(fleet)
+    assert (run.exit_code, run.argv) == (8, ("update-model", "--version", "v2"))
+    assert any("gpu-2, gpu-3" in event.message for event in seen if isinstance(event, Note))
+    host_holds.put(hosts["ops-1"].paths, "gpu-2", "ann@desk", "RMA")
+    with running.running(task(fleet), discard):
+        pass
+    assert [one.state for one in read_runs(fleet)] == ["done"], "who is on hold is not waited for"

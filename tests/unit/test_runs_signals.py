@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,3 +95,59 @@ def test_nohup_is_honoured() -> None:
     process.send_signal(signal.SIGHUP)
     out, _ = process.communicate(timeout=20)
     assert (process.returncode, "put in order" in out) == (0, True)
+
+
+def deaf(**given: Any) -> subprocess.Popen[str]:
+    """A verb at work whose stderr nobody reads any more."""
+    process = verb(**given)
+    assert process.stderr is not None
+    process.stderr.close()
+    process.stderr = None
+    return process
+
+
+def test_a_signal_is_heard_though_nobody_hears_the_answer() -> None:
+    process = deaf(cleanup=0.2)
+    process.send_signal(signal.SIGHUP)
+    out, _ = process.communicate(timeout=10)
+    assert (process.returncode, "put in order" in out) == (130, True)
+
+
+def test_what_cannot_be_put_in_order_is_bounded_though_nobody_hears_of_it() -> None:
+    process = deaf(cleanup=60, bound=0.5)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == 130
+
+
+TALK = """
+import sys, threading
+from opsctl.cli.speak import speaking
+from opsctl.engines.events import Note
+with speaking("update-model", as_json={as_json}) as speaker:
+    sys.stdin.readline()
+    mover = threading.Thread(target=lambda: [speaker.emit(Note("on it")) for _ in range(3)])
+    mover.start()
+    mover.join()
+    speaker.say("done")
+    speaker.result({{"changed": 1}}, "all is well")
+"""
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_listener_that_goes_stops_no_work(as_json: bool) -> None:
+    process = subprocess.Popen([sys.executable, "-c", TALK.format(as_json=as_json)], text=True, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    process.stderr.close()
+    process.stderr = None
+    out, _ = process.communicate("\n", timeout=20)
+    assert process.returncode == 0
+    assert ('"changed": 1' if as_json else "all is well") in out
+
+
+def test_a_full_disk_under_the_talk_stops_no_work() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", TALK.format(as_json=True)], text=True, input="\n", check=False,
+                              stdout=subprocess.PIPE, stderr=full, timeout=20)
+    assert (done.returncode, '"changed": 1' in done.stdout) == (0, True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from typer.main import get_command
 from opsctl.agent import holds as host_holds
 from opsctl.agent import locks as host_locks
 from opsctl.cli import hold as hold_verb
+from opsctl.cli import lock as lock_verb
 from opsctl.cli import main, resume, runs
 from opsctl.cli.speak import Resumed, typed, wanted_run
 from opsctl.engines.events import Event, Note, discard
-from opsctl.errors import OpsctlError, UsageError
+from opsctl.errors import ExitCode, OpsctlError, UsageError
 from opsctl.fleet.model import Fleet
 from opsctl.runs import breaking, holding, locking, running
 from opsctl.runs.judge import Known
@@ -66,7 +69,10 @@ def test_the_gateway_is_the_authority_when_it_answers(fleet: Fleet, hosts: dict[
     assert holding.read(fleet, fleet.hosts) == {}
     hosts["ops-1"].silent = "host.unreachable"
     assert list(holding.read(fleet, fleet.hosts)) == ["gpu-2"]
-    assert holding.put(fleet, fleet.host("gpu-3"), "ann@desk", "", None, discard)
+    seen: list[Event] = []
+    assert holding.put(fleet, fleet.host("gpu-3"), "ann@desk", "", None, seen.append)
+    (note,) = (event for event in seen if isinstance(event, Note))
+    assert "counts only until it does; then say it again" in note.message
     with pytest.raises(OpsctlError):
         holding.remove(fleet, fleet.host("gpu-2"), discard)
 
@@ -111,7 +117,8 @@ def test_how_a_run_ended_in_words(run: Known, words: str) -> None:
     assert runs.ending(run) == words
 
 
-def heard(monkeypatch: pytest.MonkeyPatch, *words: str, obj: object = None) -> tuple[tuple[str, ...], str]:
+def heard(monkeypatch: pytest.MonkeyPatch, *words: str, obj: object = None, called: str = "update-model"
+          ) -> tuple[tuple[str, ...], str]:
     """What update-model would put down of a command line, and the run it would continue."""
     found: list[tuple[tuple[str, ...], str]] = []
 
@@ -124,7 +131,7 @@ def heard(monkeypatch: pytest.MonkeyPatch, *words: str, obj: object = None) -> t
     current: list[typer.Context] = []
     monkeypatch.setattr(verb, "invoke", lambda context: (current.append(context), verb.callback(**context.params)))
     assert inner
-    verb.main(args=list(words), prog_name="update-model", standalone_mode=False, obj=obj)
+    verb.main(args=list(words), prog_name=called, standalone_mode=False, obj=obj)
     return found[0]
 
 
@@ -134,7 +141,7 @@ def test_a_command_line_is_kept_without_what_was_one_persons(monkeypatch: pytest
     said = heard(monkeypatch, *words)
     assert said == (("update-model", "--version", "v2", "--limit", "gpu-*", "--bundle", str(tmp_path / "b"), "--yes"),
                     "")
-    again = heard(monkeypatch, *said[0][1:], "their/inventory.ini", obj=Resumed("R1"))
+    again = heard(monkeypatch, *said[0][1:], "their/inventory.ini", obj=Resumed("R1"), called="opsctl update-model")
     assert again == (said[0], "R1")
 
 
@@ -152,10 +159,74 @@ def test_a_run_that_will_not_come_back_is_given_up(fleet: Fleet, hosts: dict[str
     assert silent == []
     hosts["gpu-3"].silent = "host.unreachable"
     assert breaking.all_locks(fleet)[1] == ["gpu-3"]
-    broken, closed = breaking.break_run(fleet, found, run, discard)
-    assert (len(broken), closed) == (2, True)
+    outcome = breaking.break_run(fleet, found, run, discard)
+    assert (len(outcome.broken), outcome.closed, outcome.failed) == (2, True, ())
     assert host_locks.all_locks(hosts["gpu-1"].paths) == []
     assert not read_runs(fleet)[0].resumable
+
+
+def left_behind(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A run of bob's on gpu-1 whose controller was killed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(locking.Locks, "drop", lambda self: self._done.set())
+        patch.setattr(running, "_end", lambda *_, **__: None)
+        patch.setattr(running, "me", lambda run, verb: holder("bob", run))
+        with running.running(Task(fleet, (fleet.host("gpu-1"),), V2, ("chat",)), discard) as work:
+            return work.run.name
+
+
+@pytest.fixture
+def break_lock(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+               ) -> Callable[[str], tuple[int, dict[str, Any]]]:
+    """``opsctl lock break RUN --yes --json``: its exit code and document."""
+    monkeypatch.setattr("opsctl.fleet.inventory.read_fleet", lambda _: fleet)
+    monkeypatch.setattr("opsctl.fleet.ssh_config.write_ssh_config", lambda _: None)
+    monkeypatch.setattr(lock_verb, "find_inventory", lambda _: fleet.inventory)
+
+    def call(run: str) -> tuple[int, dict[str, Any]]:
+        capsys.readouterr()
+        try:
+            lock_verb.break_(run, yes=True, as_json=True)
+            code = 0
+        except typer.Exit as end:
+            code = end.exit_code
+        return code, json.loads(capsys.readouterr().out)
+
+    return call
+
+
+def test_a_silent_gateway_does_not_say_that_a_run_is_over(
+        fleet: Fleet, hosts: dict[str, RunsHost], monkeypatch: pytest.MonkeyPatch,
+        break_lock: Callable[[str], tuple[int, dict[str, Any]]]) -> None:
+    run = left_behind(fleet, monkeypatch)
+    hosts["ops-1"].silent = "host.unreachable"
+    code, document = break_lock(run)
+    assert (code, len(document["broken"]), document["closed"]) == (ExitCode.PAUSED, 1, False)
+    assert "does not answer" in document["failed"][0]
+    code, document = break_lock(run)
+    assert (code, document["error"]["code"]) == (ExitCode.REFUSED, "host.unreachable")
+    hosts["ops-1"].silent = ""
+    code, document = break_lock(run)
+    assert (code, document["closed"], document["failed"]) == (0, True, [])
+    code, document = break_lock(run)
+    assert (code, document["broken"], document["closed"]) == (0, [], False)
+
+
+def test_a_lock_that_could_not_be_broken_is_no_success(
+        fleet: Fleet, hosts: dict[str, RunsHost], monkeypatch: pytest.MonkeyPatch,
+        break_lock: Callable[[str], tuple[int, dict[str, Any]]]) -> None:
+    run = left_behind(fleet, monkeypatch)
+    act = breaking._break
+
+    def refuse(session: Any, one: breaking.Found, run: str) -> bool:
+        if one.host == "gpu-1":
+            raise OpsctlError("host.timed_out", "gpu-1 did not answer in time.")
+        return act(session, one, run)
+
+    monkeypatch.setattr(breaking, "_break", refuse)
+    code, document = break_lock(run)
+    assert (code, [one["host"] for one in document["broken"]]) == (ExitCode.PAUSED, ["ops-1"])
+    assert document["failed"] == ["gpu-1: gpu-1 did not answer in time."]
 
 
 def test_a_bare_machine_is_unlocked_too(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
@@ -165,7 +236,7 @@ def test_a_bare_machine_is_unlocked_too(fleet: Fleet, hosts: dict[str, RunsHost]
     mine.take()
     found, _ = breaking.all_locks(fleet)
     assert [(one.host, one.name, one.holder.run) for one in found] == [("gpu-1", "provision", "R1")]
-    assert breaking.break_run(fleet, found, "R1", discard) == (found, False)
+    assert breaking.break_run(fleet, found, "R1", discard) == breaking.Outcome(tuple(found), False)
     assert breaking.all_locks(fleet)[0] == []
     mine.drop()
 
