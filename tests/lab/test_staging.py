@@ -185,6 +185,39 @@ def test_a_release_that_does_not_fit_one_host_is_refused_before_any_byte(serving
     assert stage(serving, "s5").document["changed"] == 1
 
 
+@pytest.fixture
+def small_disk(serving: Any) -> Iterator[str]:
+    """/srv/opsctl of gpu-2 is a file system of its own, with room for the releases there and one more."""
+    grow = ("set -e; used=$(du -sm /srv/opsctl | cut -f1); mkdir /run/roomy; cp -a /srv/opsctl/. /run/roomy/; "
+            "mount -t tmpfs -o size=$((used + 250))m,mode=755 small /srv/opsctl; cp -a /run/roomy/. /srv/opsctl/; "
+            "rm -rf /run/roomy")
+    done = serving.run("gpu-2", ["sudo", "sh", "-c", grow], timeout_s=120)
+    assert done.returncode == 0, done.stderr
+    yield "/srv/opsctl/filler"
+    assert serving.run("gpu-2", ["sudo", "umount", "--lazy", "/srv/opsctl"]).returncode == 0
+
+
+@pytest.mark.usefixtures("untouched")
+def test_a_disk_that_fills_while_it_is_staged_ends_that_and_nothing_else(serving: Any, small_disk: str) -> None:
+    """There was room when it began; then somebody else took it."""
+    release = bring_anew(serving, "s8")
+    fill = (f"until find /srv/opsctl/chat/releases -path '*{release}*' -size +1M | grep -q .; do sleep 0.1; done; "
+            f"dd if=/dev/zero of={small_disk} bs=1M; true")
+    with subprocess.Popen(["ssh", "-F", serving.directory / ".opsctl/ssh_config", "gpu-2", f'sudo sh -c "{fill}"'],
+                          stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as filler:
+        said = stage(serving, "s8", "--rate-limit", SLOW)
+        filler.wait(timeout=60)
+    assert said.returncode not in (0, 10), said.stdout
+    error = said.document["error"]
+    assert error["code"] == "host.disk_full", error
+    assert "gpu-2" in error["message"]
+    assert "gpu-1" in error["message"]  # which has it staged
+    assert release in staged(serving, "gpu-1")
+    assert release not in staged(serving, "gpu-2")
+    assert serving.run("gpu-2", ["sudo", "rm", small_disk]).returncode == 0
+    assert stage(serving, "s8").document["changed"] == 1
+
+
 @pytest.mark.usefixtures("untouched")
 def test_a_rate_is_kept(serving: Any) -> None:
     bring_anew(serving, "s6")
