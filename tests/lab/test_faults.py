@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from command import opsctl, succeeds
 from conftest import NAME, LabFleet
+from test_crashes import POINTS
 
 from opsctl.engines.events import discard
 from opsctl.fleet.inventory import read_fleet
@@ -67,6 +68,8 @@ def page() -> str:
     """docs/faults.md."""
     rows = "\n".join(f"| {case.fault} | {case.state} | {', '.join(map(str, case.exits))} | {' or '.join(case.then)} | "
                      f"{case.designed} |" for case in CASES)
+    points = "\n".join(f"| `{' '.join(command)}` | `{moment}` | {seconds:g} |" for command, moment, seconds in POINTS)
+    others = "\n".join(f"| {fault} | {seen} | `tests/lab/{test}` |" for fault, seen, test in OTHERS)
     return f"""\
 # What was tried: faults and states
 
@@ -79,9 +82,40 @@ Made from `tests/lab/test_faults.py`; `pytest -m slow tests/lab/test_faults.py` 
 |---|---|---|---|---|
 {rows}
 
-Besides these, `tests/lab/test_crashes.py` kills the controller after each kind of event of provision, stage and
-update-model, and runs the same command again.
+## The controller
+
+Killed with SIGKILL when it had just said this, so many seconds later; then the same command again, in a third of the
+cases by a second operator from another home. Packages, holds, units, files with hashes, `current.*`, drains, locks,
+ledger and the load balancer's weights are those of an undisturbed run (`pytest -m slow tests/lab/test_crashes.py`).
+
+| command | when it had said | and s |
+|---|---|---|
+{points}
+
+## And
+
+| fault | what was seen | test |
+|---|---|---|
+{others}
 """
+
+
+OTHERS = [
+    ("two operators start at once", "the second is told who is at work (4)", "test_operators.py"),
+    ("the holder of the locks is suspended, and wakes up", "another goes on after a minute; it does nothing more (4)",
+     "test_operators.py"),
+    ("Ctrl-C, and a second one", "heard at once, 130, `opsctl resume` goes on", "test_operators.py"),
+    ("the gateway has no power during a rollback", "it goes back; the gateway learns of it later",
+     "test_gateway_off.py"),
+    ("a disk fills while it is staged", "that host fails, the others have it, what serves is untouched",
+     "test_staging.py"),
+    ("a release does not fit one disk", "refused before the first byte (5)", "test_rollouts.py"),
+    ("a file is corrupted on the gateway after signing", "refused (5)", "test_rollouts.py"),
+    ("a release does not start, answers nonsense, or is slow", "undone, what was moved goes back (6)",
+     "test_rollouts.py"),
+    ("the agent is dead", "paused before the host is touched (8)", "test_rollouts.py"),
+    ("an engine hangs", "paused at the drain's deadline, the instance is back in service (8)", "test_rollouts.py"),
+]
 
 
 @dataclass(frozen=True)
