@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from difflib import unified_diff
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from opsctl.engines.ansible_programs import ansible_program, inherited
 from opsctl.engines.child import die_with_parent, stop_group
@@ -178,16 +178,17 @@ def run_playbook(playbook: Path, *, fleet_directory: Path, inventory: Path, ssh_
                         variables=variables, check=check)
     outcome = PlaybookOutcome(check=check)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as said, _event_pipe() as (read_fd, write_fd):
+    with log.open("ab") as said, _event_pipe() as (reading, writing):
         process = subprocess.Popen(
-            arguments, stdin=subprocess.PIPE, stdout=said, stderr=said, pass_fds=(write_fd,),
+            arguments, stdin=subprocess.PIPE, stdout=said, stderr=said, pass_fds=(writing.fileno(),),
             start_new_session=True, cwd=fleet_directory, preexec_fn=die_with_parent,  # noqa: PLW1509 - one prctl call, no allocation
-            env=environment(os.environ, fleet_directory=fleet_directory, ssh_config=ssh_config, events_fd=write_fd),
+            env=environment(os.environ, fleet_directory=fleet_directory, ssh_config=ssh_config,
+                            events_fd=writing.fileno()),
         )
-        os.close(write_fd)
+        writing.close()
         try:
             _tell(process, become_password)
-            for event in _events(read_fd, outcome):
+            for event in _events(reading, outcome):
                 emit(event)
             outcome.exit_code = process.wait()
         except BaseException:
@@ -210,23 +211,17 @@ def _tell(process: subprocess.Popen[bytes], become_password: str | None) -> None
             pipe.write(become_password.encode() + b"\n")
 
 
-def _events(read_fd: int, outcome: PlaybookOutcome) -> Iterable[Event]:
-    with os.fdopen(read_fd, encoding="utf-8", closefd=False) as stream:
-        for line in stream:
-            if line.endswith("\n"):  # else the writer was killed in the middle of it
-                yield from translate(json.loads(line), outcome)
+def _events(reading: IO[str], outcome: PlaybookOutcome) -> Iterable[Event]:
+    for line in reading:
+        if line.endswith("\n"):  # else the writer was killed in the middle of it
+            yield from translate(json.loads(line), outcome)
 
 
 @contextmanager
-def _event_pipe() -> Iterator[tuple[int, int]]:
+def _event_pipe() -> Iterator[tuple[IO[str], IO[bytes]]]:
+    """Both ends as files, which close once: a number that was closed is the next connection's of another thread."""
     read_fd, write_fd = os.pipe()
-    try:
-        yield read_fd, write_fd
-    finally:
-        for descriptor in (read_fd, write_fd):
-            try:
-                os.close(descriptor)
-            except OSError:  # the writing end was closed once the child had it
-                continue
+    with os.fdopen(read_fd, encoding="utf-8") as reading, os.fdopen(write_fd, "wb") as writing:
+        yield reading, writing
 
 

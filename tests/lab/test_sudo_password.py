@@ -8,7 +8,7 @@ import sys
 import pytest
 from command import opsctl, refused, succeeds
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
 PASSWORD = "correct horse"
 

@@ -245,3 +245,14 @@ def test_a_folder_with_a_blank_and_the_vaults_password_reach_ansible(tmp_path: P
     assert given["ANSIBLE_VAULT_PASSWORD_FILE"] == "/v"
     assert given["ANSIBLE_FORKS"] == "32"
     assert given["HOME"] == "/h"
+
+
+def test_what_another_thread_opens_meanwhile_stays_open() -> None:
+    """The pipe's writing end goes to the child and is closed here; its number is soon somebody else's connection."""
+    with ansible._event_pipe() as (_, writing):
+        number = writing.fileno()
+        writing.close()
+        other = os.open(os.devnull, os.O_RDONLY)
+        assert other == number
+    os.fstat(other)
+    os.close(other)
