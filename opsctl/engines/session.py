@@ -311,6 +311,7 @@ def connect(fleet: Fleet, host: Host) -> Connection:
     except BaseException:
         for hop in reversed(chain):
             _close(hop)
+            hop.client.close()  # Fabric closes what was let in alone; a key that was refused leaves a connection too
         raise
     return connection
 

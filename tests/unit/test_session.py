@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -143,6 +144,29 @@ def test_host_that_is_not_pinned_is_refused_before_login(tmp_path: Path, server:
     error = refused(make_fleet(tmp_path, host), host)
     assert (error.code, server.logins) == ("host.not_trusted", [])
     assert "opsctl trust" in error.hint
+
+
+@pytest.mark.parametrize("pinned", [False, True], ids=["a foreign machine", "a login that is refused"])
+def test_who_is_refused_leaves_no_connection(tmp_path: Path, server: Server, client_key: Path, pinned: bool) -> None:
+    """sshd takes ten of those that have not logged in, then it turns everybody away (MaxStartups)."""
+    host = remote(server, make_key(tmp_path / "unknown") if pinned else client_key)
+    fleet = make_fleet(tmp_path, host, pins=server.pin if pinned else "")
+    before = sockets()
+    for _ in range(3):
+        refused(fleet, host)
+    until = time.monotonic() + 5
+    while sockets() > before and time.monotonic() < until:
+        time.sleep(0.05)
+    assert sockets() <= before
+
+
+def sockets() -> int:
+    """This process' own."""
+    found = 0
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found += str(descriptor.readlink()).startswith("socket:")
+    return found
 
 
 def test_pin_of_another_port_does_not_count(tmp_path: Path, server: Server, client_key: Path) -> None:
