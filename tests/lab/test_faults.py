@@ -218,9 +218,12 @@ def test_a_fault_of_the_first_host(fleet: Fleet, case: Case) -> None:
             variables = os.environ | {"OPSCTL_INVENTORY": str(fleet.lab.inventory)}
             with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                   text=True, env=variables) as process:
-                at()
-                strike(fleet, case.fault)
-                out, said = process.communicate(timeout=420)
+                try:
+                    at()
+                    strike(fleet, case.fault)
+                    out, said = process.communicate(timeout=420)
+                finally:
+                    process.kill()  # one that was left would go on asking for its lock
             returncode = process.returncode
             assert returncode in case.exits, f"exit {returncode}\n{out}\n{said}"
         healthy(fleet)

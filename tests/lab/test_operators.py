@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from command import opsctl, refused, succeeds
@@ -30,10 +30,13 @@ AT_ONCE_S = 1.5  # a person sees that Ctrl-C was heard
 class Operator:
     """A running opsctl of somebody."""
 
+    everybody: ClassVar[list[subprocess.Popen[str]]] = []
+
     def __init__(self, inventory: Path, *words: str, name: str = "") -> None:
         variables = os.environ | {"OPSCTL_INVENTORY": str(inventory)} | ({"LOGNAME": name} if name else {})
         self.process = subprocess.Popen([sys.executable, "-m", "opsctl", *words], stdin=subprocess.DEVNULL,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
+        self.everybody.append(self.process)
         self.said: list[str] = []
 
     def until(self, moment: str) -> None:
@@ -70,12 +73,14 @@ def two(provisioned: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.fixture
-def update(provisioned: Any, two: Two) -> Words:
+def update(provisioned: Any, two: Two) -> Iterator[Words]:
     """Moves everything to the other of the two releases; nothing unfinished is in its way."""
     for run in succeeds("runs", "--json", inventory=two[0]).document["runs"]:
         if run["state"] == "unfinished":
             succeeds("lock", "break", run["run"], "--yes", inventory=two[0])
-    return "update-model", "--version", "op2" if "v1" in releases(provisioned) else "v1", *OPTIONS
+    yield "update-model", "--version", "op2" if "v1" in releases(provisioned) else "v1", *OPTIONS
+    for process in Operator.everybody:
+        process.kill()
 
 
 def releases(lab: Any) -> set[str]:
