@@ -142,7 +142,9 @@ class Fleet:
                 f"systemctl daemon-reload\n[Service]\n{step}=/bin/sh -c '{script}'\nEND")
 
     def until(self, condition: str) -> Callable[[], None]:
-        return lambda: self.sh(f"until {condition}; do sleep 0.05; done", 120) and None
+        def wait() -> None:
+            self.sh(f"until {condition}; do sleep 0.05; done", 120)
+        return wait
 
 
 @pytest.fixture(scope="module")
