@@ -121,13 +121,29 @@ def scale_rows(table: Table, fleet: Path) -> None:
 
 
 def larger(fleet: Path, hosts: int) -> Path:
-    """The inventory of a fleet of so many: names that all lead to gpu-1 and gpu-2, which answer for each of them."""
-    text = (fleet / "inventory.ini").read_text()
+    """The inventory of a fleet of so many: gpu-1 and gpu-2 answer under an address of its own for each of them."""
+    text, known = (fleet / "inventory.ini").read_text(), (fleet / "known_hosts").read_text()
     lines = [line for line in text.splitlines() if line.startswith("gpu-") and "ansible_host=" in line]
-    names = [line.replace(" ", f"-{number} ", 1) for number in range(2, hosts // len(lines) + 1) for line in lines]
+    names, pins = [], []
+    for at, line in enumerate(lines):
+        name, where, *more = line.split()
+        network, key = where.partition("=")[2].rpartition(".")[0], pin_of(known, name)
+        added = {f"{name}-{number}": f"{network}.{100 + 50 * at + number}"
+                 for number in range(2, hosts // len(lines) + 1)}
+        names += [" ".join([new, f"ansible_host={address}", *more]) for new, address in added.items()]
+        pins += [f"{new},{address} {key}" for new, address in added.items()]
+        script = "".join(f"ip address replace {address}/24 dev host0; " for address in added.values())
+        order = shlex.join(["sudo", "sh", "-c", f"{script}true"])
+        seconds(["ssh", "-F", str(fleet / ".opsctl/ssh_config"), name, order])
+    (fleet / "known_hosts").write_text("\n".join(dict.fromkeys([*known.splitlines(), *pins])) + "\n")
     path = fleet / f"inventory-{hosts}.ini"
     path.write_text(text.replace(lines[-1], "\n".join([lines[-1], *names])))
     return path
+
+
+def pin_of(known: str, name: str) -> str:
+    """The host key of a machine, as known_hosts has it."""
+    return next(line.split(" ", 1)[1] for line in known.splitlines() if line.split(" ")[0].split(",")[0] == name)
 
 
 def cost(arguments: Sequence[str]) -> tuple[float, float]:
