@@ -14,7 +14,8 @@ from opsctl.engines.events import Emit, Note, Progress
 from opsctl.errors import OpsctlError, PausedError
 from opsctl.releases.remote import ask
 from opsctl.runs.journal import NO_AGENT
-from opsctl.runs.locking import Locks, Place
+from opsctl.runs.locking import Locks
+from opsctl.runs.place import Place
 
 PATIENCE_S = 600.0
 LOOK_EVERY_S = 2.0

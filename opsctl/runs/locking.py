@@ -9,12 +9,11 @@ with each heartbeat.
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from opsctl.engines.events import Emit, Note
 from opsctl.engines.session import Session
@@ -23,50 +22,17 @@ from opsctl.fleet.model import Fleet, Host
 from opsctl.fleet.placements import gateway as gateway_of
 from opsctl.releases.books import SILENT
 from opsctl.releases.remote import ask, unreachable
-from opsctl.runs import bare, judge
-from opsctl.runs.identity import Holder, alive, holder_of
-from opsctl.runs.journal import NO_AGENT, NOT_YET
-from opsctl.runs.judge import Verdict
+from opsctl.runs import bare
+from opsctl.runs.identity import Holder, holder_of
+from opsctl.runs.journal import NOT_YET
+from opsctl.runs.place import HOST, TIMEOUT_S, Place, Taken, attempt, held_by, holder_words
 
-HOST = "host"
 BEAT_EVERY_S = 15.0
 PATIENCE_S = 10.0  # with all of them together: one that hangs at its login delays nobody else's heartbeat
 OLD_S = 20.0  # a heartbeat older than this is renewed before the next act
-TIMEOUT_S = 15.0
 FAREWELL_S = 4.0
 WORKERS = 32
 LOST = "lock.lost"
-PROCESS_GONE, NO_BEAT = "that process is gone", "no heartbeat for a minute"
-
-How = Literal["none", "agent", "bare"]
-
-
-@dataclass
-class Place:
-    """One lock. ``how``: by the agent, by a folder where there is none yet, or not held: nobody answers there."""
-
-    host: Host
-    name: str
-    session: Session
-    how: How = "none"
-    tried_s: float = 0.0  # of the boot clock of this machine
-    quiet: bool = False
-    only_one: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def words(self) -> str:
-        """``gpu-1``, ``service chat``."""
-        return self.host.name if self.name == HOST else self.name.replace("-", " ", 1)
-
-
-@dataclass(frozen=True)
-class Taken:
-    """What came of trying. ``holder``: who has it when we have not; ``before``: whom it was taken from, and ``why``."""
-
-    holder: dict[str, Any] | None = None
-    before: dict[str, Any] | None = None
-    why: str = ""
-
 
 def boot_clock() -> float:
     """Seconds; goes on while this machine sleeps."""
@@ -162,7 +128,7 @@ class Locks:
             held = [(place, one.holder) for place, one in found if one.holder is not None]
             taken += found
             if held:
-                raise _held([place for place, holder in held if holder == held[0][1]] or [held[0][0]], held[0][1])
+                raise held_by([place for place, holder in held if holder == held[0][1]] or [held[0][0]], held[0][1])
         self._tell(taken)
 
     def _tell(self, taken: Sequence[tuple[Place, Taken]]) -> None:
@@ -180,7 +146,7 @@ class Locks:
         with place.only_one:
             place.tried_s = self._clock()
             try:
-                return self._try(place)
+                return attempt(place, self.holder, allow_bare=self._allow_bare)
             except OpsctlError as error:
                 if place.name != HOST and not isinstance(error, LockedError):
                     self._without_gateway(place, error)
@@ -188,65 +154,6 @@ class Locks:
                     place.quiet = True
                     self._warn(f"is not locked, and tried again with each heartbeat: {error.message}", place)
                 return Taken()
-
-    def _try(self, place: Place) -> Taken:
-        try:
-            taken = self._try_agent(place)
-            if taken.holder is None and self._allow_bare and place.name == HOST and place.how != "agent":
-                taken = self._without_folder(place, taken)
-            place.how = "agent" if taken.holder is None else place.how
-            return taken
-        except OpsctlError as error:
-            if error.code != NO_AGENT or not self._allow_bare or place.name != HOST:
-                raise
-        return self._try_bare(place)
-
-    def _try_agent(self, place: Place) -> Taken:
-        verb = ["lock-take", "--name", place.name]
-        stdin = json.dumps(self.holder.as_document()).encode()
-        answer = ask(place.session, verb, host=place.host.name, stdin=stdin, timeout_s=TIMEOUT_S)
-        if answer["taken"]:
-            why = {"stale": NO_BEAT, "reboot": "no heartbeat since that host booted"}
-            return Taken(before=answer.get("before"), why=why.get(answer["how"], ""))
-        holder = answer["holder"]
-        if self._verdict(holder) is not Verdict.GONE:
-            return Taken(holder)
-        answer = ask(place.session, [*verb, "--over", holder["run"]], host=place.host.name, stdin=stdin,
-                     timeout_s=TIMEOUT_S)
-        return Taken(before=holder, why=PROCESS_GONE) if answer["taken"] else Taken(answer["holder"])
-
-    def _try_bare(self, place: Place) -> Taken:
-        owner = bare.owner(place.session)
-        if (owner is None or not owner.token) and bare.take(place.session, self.holder):
-            place.how = "bare"
-            return Taken()
-        owner = owner or bare.owner(place.session) or bare.Owner({"verb": "provision", "user": "somebody"}, 0.0)
-        told = {**owner.holder, "beat_s": owner.beat_s, "since": ""}
-        verdict = self._verdict(told)
-        if verdict is Verdict.MINE:
-            place.how = "bare"
-            bare.renew(place.session, self.holder)
-            return Taken()
-        if verdict is Verdict.HELD or not bare.take(place.session, self.holder, over=owner):
-            return Taken(told)
-        place.how = "bare"
-        return Taken(before=told, why=PROCESS_GONE if verdict is Verdict.GONE else NO_BEAT)
-
-    def _without_folder(self, place: Place, taken: Taken) -> Taken:
-        """The agent has come, by us or by somebody who was killed since: the folder of before has had its day."""
-        owner = bare.owner(place.session)
-        if owner is None:
-            return taken
-        told = {**owner.holder, "beat_s": owner.beat_s, "since": ""}
-        if self._verdict(told) is Verdict.HELD:
-            ask(place.session, ["lock-drop", "--name", place.name, "--token", self.holder.token], host=place.host.name)
-            return Taken(told)
-        bare.drop(place.session, owner.token)
-        return taken
-
-    def _verdict(self, document: dict[str, Any]) -> Verdict:
-        holder = holder_of(document)
-        return judge.lock(holder, self.holder, lives=alive(holder), beat_s=float(document.get("beat_s") or 0))
 
     def _without_gateway(self, place: Place, error: OpsctlError) -> None:
         if error.code in NOT_YET and self._allow_bare:  # the first provision: the hosts' own locks do
@@ -302,7 +209,7 @@ class Locks:
             if owner is None or owner.token != self.holder.token:
                 self._lose(place, {**owner.holder, "beat_s": owner.beat_s} if owner else None)
                 return
-        taken = self._try(place)
+        taken = attempt(place, self.holder, allow_bare=self._allow_bare)
         if taken.holder is not None:
             self._lose(place, taken.holder)
 
@@ -310,7 +217,7 @@ class Locks:
         place.how = "none"
         if self._lost is not None:
             return
-        by = f"taken by {_holder_words(document)}" if document else "broken by somebody"
+        by = f"taken by {holder_words(document)}" if document else "broken by somebody"
         self._lost = LockedError(LOST, f"the lock of {place.words} is not ours any more: {by}; nothing more is done.",
                                  hint="opsctl lock status and opsctl runs show who is at work")
 
@@ -352,19 +259,3 @@ def at_once(places: Sequence[Place], function: Callable[[Place], Any], patience_
     if errors and patience_s is None:
         raise errors[0]
     return answers
-
-
-def _held(places: Sequence[Place], document: dict[str, Any]) -> LockedError:
-    holder = holder_of(document)
-    where = ", ".join(place.words for place in places)
-    return LockedError("lock.held", f"{where}: locked by {_holder_words(document)}.",
-                       hint="wait until it has ended; if it never will: "
-                       + (f"opsctl lock break {holder.run}" if holder.run else f"rm -r {bare.PLACE} there, as root"))
-
-
-def _holder_words(document: dict[str, Any]) -> str:
-    """``ann@laptop for update-model (run 2026..., since 2026-...; last heartbeat 3 s ago)``."""
-    holder = holder_of(document)
-    facts = [f"run {holder.run}" if holder.run else "", f"since {document['since']}" if document.get("since") else ""]
-    beat = f"last heartbeat {float(document.get('beat_s') or 0):.0f} s ago"
-    return f"{holder.who} for {holder.verb} ({', '.join(fact for fact in facts if fact)}; {beat})"

@@ -17,6 +17,7 @@ from opsctl.fleet.model import Fleet
 from opsctl.runs import bare, identity, locking
 from opsctl.runs.identity import Holder
 from opsctl.runs.locking import Locks
+from opsctl.runs.place import Place
 
 HOSTS = ("gpu-1", "gpu-2", "gpu-3")
 
@@ -346,7 +347,7 @@ def test_one_that_hangs_holds_up_nobodys_heartbeat(fleet: Fleet, hosts: dict[str
     go_on, thrice, hangs, beats = threading.Event(), threading.Event(), list[str](), list[str]()
     beat = Locks._beat
 
-    def slow(self: Locks, place: locking.Place) -> None:
+    def slow(self: Locks, place: Place) -> None:
         if place.host.name == "gpu-2":
             with place.only_one:
                 hangs.append("gpu-2")
