@@ -1,7 +1,6 @@
 """The state of a host as plain data: what opsctl owns there. Equal before and after means that nothing changed.
 
-``settled`` is for two runs that should end in the same place: without what tells one from the other, which is the time
-and the run's name.
+``settled`` is for two runs that should end in the same place.
 """
 
 from __future__ import annotations
@@ -44,10 +43,26 @@ print(json.dumps({
 
 
 def of_host(lab: Any, host: str) -> dict[str, Any]:
-    """What opsctl owns on a host, as plain data: packages, holds, units, files with modes, owners and hashes."""
+    """A host as plain data: packages, package holds, units, files with modes, owners and hashes; once it has the agent
+    also releases, drains, locks and holds; on the gateway and load balancer the ledger and the servers' weights.
+    """
     answer = lab.run(host, ["sudo", "-n", "python3", "-"], stdin=SCRIPT)
     assert answer.returncode == 0, answer.stderr
     found: dict[str, Any] = json.loads(answer.stdout)
+    if HOST_PROGRAM not in found["files"]["/opt/opsctl"]:
+        return found
+    state = _ask(lab, host, "state", "--json")
+    found["instances"] = [[one[key] for key in ("instance", "release", "health", "weight", "unfinished")]
+                          for one in state["instances"]]
+    found["drains"] = state["drains"]
+    found["locks"] = _ask(lab, host, "locks")["locks"]
+    found["holds of hosts"] = _ask(lab, host, "holds")["holds"]
+    if "/etc/haproxy/haproxy.cfg" in found["files"]["/etc/haproxy"]:
+        found["weights"] = [[row["server"], row["weight"], row["status"].split()[0]]
+                            for row in _ask(lab, host, "balancer")["servers"]]
+    if "/srv/opsctl-gateway/ledger" in found["files"]["/srv"]:
+        found["ledger"] = [[line["action"], line["version"], line["digest"]]
+                           for line in _ask(lab, host, "ledger-show", "--service", "chat")["lines"]]
     return found
 
 
@@ -62,27 +77,16 @@ DATED = ("/srv/opsctl-gateway/ledger/", "/srv/opsctl-gateway/journal/")
 
 
 def settled(lab: Any) -> dict[str, dict[str, Any]]:
-    """What each host of a lab ends with: files, packages, holds, units, drains, locks, releases, ledger, weights."""
-    return {host: _settled(lab, host) for host in lab.hosts}
+    """The same of each host, without what tells one run from another: times, and files that hold the run's name."""
+    return {host: _settled(of_host(lab, host)) for host in lab.hosts}
 
 
-def _settled(lab: Any, host: str) -> dict[str, Any]:
-    found = of_host(lab, host)
-    state = _ask(lab, host, "state", "--json")
+def _settled(found: dict[str, Any]) -> dict[str, Any]:
     found["units"] = {unit: [line for line in shown.splitlines() if not line.startswith(STARTED)]
                       for unit, shown in found["units"].items()}
     for tree in found["files"].values():
         for path in [path for path in tree if path.startswith(DATED)]:
             del tree[path]
-    found["instances"] = [[one[key] for key in ("instance", "release", "health", "weight", "unfinished")]
-                          for one in state["instances"]]
-    found["drains"] = state["drains"]
-    found["locks"] = _ask(lab, host, "locks")["locks"]
-    if host == "ops-1":
-        found["weights"] = [[row["server"], row["weight"], row["status"].split()[0]]
-                            for row in _ask(lab, host, "balancer")["servers"]]
-        found["ledger"] = [[line["action"], line["version"], line["digest"]]
-                           for line in _ask(lab, host, "ledger-show", "--service", "chat")["lines"]]
     return found
 
 
