@@ -40,14 +40,14 @@ def send(fleet: Fleet, session: Channel, runs: Sequence[Known], gateway: str) ->
 
 
 def wanting(runs: Sequence[Known], here: Collection[str]) -> list[str]:
-    """Which journals of this machine may matter: of runs that did not end, and of later ones that are not known. Pure.
+    """Which journals of this machine may matter: of runs that did not end, and of those that are not known. Pure.
 
-    Older ones that are not known were swept long ago.
+    Those before the oldest that is known were swept long ago, or ended before the gateway had an agent.
     """
     waiting = {run.run for run in runs if run.unfinished}
     known = {run.run for run in runs}
-    since = min(waiting, default="")[:SECOND]
-    return [name for name in sorted(here) if waiting and name[:SECOND] >= since
+    since = min(known, default="")[:SECOND]
+    return [name for name in sorted(here) if known and name[:SECOND] >= since
             and (name in waiting or name not in known)]
 
 

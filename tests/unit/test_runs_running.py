@@ -26,7 +26,8 @@ from opsctl.errors import (
     UsageError,
 )
 from opsctl.fleet.model import Fleet
-from opsctl.runs import Declined, busy, locking, running
+from opsctl.runs import Declined, busy, leftovers, locking, running
+from opsctl.runs.judge import Known
 from opsctl.runs.running import Task, read_runs
 
 V2 = {"verb": "update-model", "service": "chat", "version": "v2"}
@@ -547,6 +548,30 @@ def test_a_rollback_without_the_gateway_is_known_later_and_so_is_what_it_took_ba
     known = {one.run: one for one in read_runs(fleet)}
     assert known[work.run.name].state == "done"
     assert known[run].closed == f"taken back by {work.run.name}"
+
+
+def test_it_is_known_later_also_where_nothing_waited_for_it(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:
+    with running.running(task(fleet), discard):
+        pass
+    hosts["ops-1"].silent = "host.unreachable"
+    with running.running(task(fleet, BACK), discard) as work:
+        work.run.about_to()
+    hosts["ops-1"].silent = ""
+    assert {one.run: one.state for one in read_runs(fleet)}[work.run.name] == "done"
+
+
+@pytest.mark.parametrize(("known", "wanted"), [
+    ((), []),  # a gateway that has just got its agent
+    ((("20261122-100000-aa", 0),), ["20261122-100000-bb", "20261122-110000-cc"]),
+    ((("20261122-100000-aa", None),), ["20261122-100000-aa", "20261122-100000-bb", "20261122-110000-cc"]),
+    ((("20261122-100000-bb", 0), ("20261122-110000-cc", 0)), ["20261122-100000-aa"]),
+    ((("20261122-105959-dd", 8),), ["20261122-110000-cc"]),
+])
+def test_which_journals_of_this_machine_the_gateway_wants(known: tuple[tuple[str, int | None], ...], wanted: list[str]
+                                                          ) -> None:
+    here = ["20261122-110000-cc", "20261122-100000-aa", "20261122-100000-bb"]
+    runs = [Known(name, exit_code=code) for name, code in known]
+    assert leftovers.wanting(runs, here) == wanted
 
 
 def test_a_lock_that_is_known_to_be_lost_stops_a_play_at_its_next_event(fleet: Fleet, hosts: dict[str, RunsHost],
