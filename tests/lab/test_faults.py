@@ -105,6 +105,8 @@ OTHERS = [
     ("the holder of the locks is suspended, and wakes up", "another goes on after a minute; it does nothing more (4)",
      "test_operators.py"),
     ("Ctrl-C, and a second one", "heard at once, 130, `opsctl resume` goes on", "test_operators.py"),
+    ("every machine loses power the moment a verb says done", "what it said is so (provision, update, rollback, drain, hold)",
+     "test_durable.py"),
     ("the gateway has no power during a rollback", "it goes back; the gateway learns of it later",
      "test_gateway_off.py"),
     ("a disk fills while it is staged", "that host fails, the others have it, what serves is untouched",
