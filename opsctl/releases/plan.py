@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from opsctl.agent import ledger
 from opsctl.agent.ledger import SERVE, Line
+from opsctl.agent.locks import OWNED_BY_RUN
 from opsctl.agent.manifest import directory_name
 from opsctl.errors import OpsctlError, RefusedError, UsageError
 from opsctl.fleet.model import Placement, Service
@@ -154,9 +155,16 @@ def make_plan(
     planned = tuple(replace(step, wave=numbered.get(step.name, 0)) for step in steps)
     # who serves nobody now goes first, and is counted on afterwards; should it not come up, the budget pauses
     coming = sum(not step.serving and not step.drained_by for step in moving)
+    # a run that drained and died: its drain is taken back as soon as its lock is ours
+    coming += sum(not step.serving and bool(step.drained_by) and left_by_runs(step.drained_by) for step in steps)
     outage = any(step.serving for step in moving) and serving + coming - service.min_serving < 1
     return Plan(service, target, planned, _hosts(moving, states, stage_plans, target), serving, tuple(silent),
                 outage)
+
+
+def left_by_runs(owners: Sequence[str]) -> bool:
+    """Whether all these owners of drains are runs, and no operator or guard is among them."""
+    return all(owner.startswith(OWNED_BY_RUN) for owner in owners)
 
 
 def in_order(steps: Sequence[Step]) -> list[Step]:

@@ -30,6 +30,7 @@ from opsctl.releases.plan import Plan, Target
 from opsctl.releases.remote import unreachable
 from opsctl.releases.roll import Rolled, Settings, roll
 from opsctl.releases.rollout import OnFailure, State
+from opsctl.releases.settling import settle
 from opsctl.releases.staging import find_release, stage_release
 from opsctl.releases.targets import check_not_bad, rollback_target
 from opsctl.releases.watch import OUT_OF_REACH
@@ -147,6 +148,7 @@ def update_model(request: Request, run: Run, emit: Emit, approve: Approve) -> di
         MixedError: and not all could be brought back.
         PausedError: inconclusive, not drained in time, agent not heard; the same command again continues.
     """
+    settle(request.fleet, request.service, request.hosts, emit)
     looked = look_forward(request, emit)
     plan, target = looked.plan, looked.plan.target
     if plan.moves:
@@ -168,6 +170,7 @@ def roll_back(request: Request, run: Run, emit: Emit, approve: Approve) -> dict[
 
     Raises: as ``update_model``.
     """
+    settle(request.fleet, request.service, request.hosts, emit)
     looked = look_back(request, emit)
     plan, target = looked.plan, looked.plan.target
     if plan.moves:

@@ -1,4 +1,4 @@
-"""Waits for what an earlier controller left on hosts: a module of Ansible's that runs on without it, a busy dpkg.
+"""Waits for what an earlier controller left on hosts: a module of Ansible's, a busy dpkg, a cutover.
 
 A killed controller's connection breaks, and what it had begun there ends when it ends. Nobody kills it: half an
 installation is worse than a late one.
@@ -18,6 +18,7 @@ from opsctl.runs.locking import Locks
 from opsctl.runs.place import Place
 
 PATIENCE_S = 600.0
+LONGER_S = {"cutover": 7200.0}  # it has deadlines of its own, and a large model takes long to load
 LOOK_EVERY_S = 2.0
 TIMEOUT_S = 15.0
 MODULES = ["pgrep", "-af", "[A]nsiballZ_"]  # the brackets: pgrep must not find itself, nor the sudo before it
@@ -27,10 +28,10 @@ Clock = Callable[[], float]
 
 def wait_until_idle(locks: Locks, kinds: Collection[str], emit: Emit, check: Callable[[], None],
                     clock: Clock = time.monotonic, pause: Callable[[float], object] = time.sleep) -> None:
-    """Until nothing of ``kinds`` (``dpkg``, ``ansible``) runs on any host that is locked.
+    """Until nothing of ``kinds`` (``dpkg``, ``ansible``, ``cutover``) runs on any host that is locked.
 
     Raises:
-        PausedError: ``host.busy``: after ten minutes something still does.
+        PausedError: ``host.busy``: after ten minutes something still does; a cutover has two hours.
     """
     began = clock()
     told: set[str] = set()
@@ -41,8 +42,9 @@ def wait_until_idle(locks: Locks, kinds: Collection[str], emit: Emit, check: Cal
                 told.add(name)
                 emit(Note(f"busy, waiting for it to end: {_words(what)}", "warning", name))
             emit(Progress("waiting for what runs there", int(waited), 0, "seconds", host=name))
-        if waited > PATIENCE_S:
-            name, what = next(iter(found.items()))
+        late = [(name, what) for name, what in found.items() if waited > LONGER_S.get(what["what"], PATIENCE_S)]
+        if late:
+            name, what = late[0]
             raise PausedError("host.busy", f"{name} has been busy for {waited / 60:.0f} minutes: {_words(what)}; "
                               "nothing was done there.", hint="look at it there, then the same command again; "
                               f"--limit '!{name}' goes on without")
@@ -79,6 +81,7 @@ def _without_agent(place: Place) -> list[dict[str, Any]]:
 
 
 def _words(what: dict[str, Any]) -> str:
-    kinds = {"dpkg": "packages are being installed", "ansible": "a task of an earlier provision"}
+    kinds = {"dpkg": "packages are being installed", "ansible": "a task of an earlier provision",
+             "cutover": "a cutover that an earlier run began"}
     pid = f" (process {what['pid']})" if what.get("pid") else ""
     return f"{kinds.get(what['what'], what['what'])}{pid}"

@@ -30,8 +30,9 @@ from opsctl.runs.journal import DIVERGED, NOT_YET, Journal, Run, make_directory,
 from opsctl.runs.judge import Begin, Blocked, Continue, Known
 from opsctl.runs.locking import LOST, Locks
 
-WAITS_FOR: Mapping[str, tuple[str, ...]] = {"provision": ("dpkg", "ansible")}  # others: a task of Ansible's alone
 PROVISION, ROLLBACK, STAGE = "provision", judge.ROLLBACK, judge.STAGE
+WAITS_FOR: Mapping[str, tuple[str, ...]] = {
+    PROVISION: ("dpkg", "ansible", "cutover"), judge.UPDATE: ("ansible", "cutover"), ROLLBACK: ("ansible", "cutover")}
 DECLINED = "declined"
 
 

@@ -139,6 +139,15 @@ def test_an_instance_that_comes_up_first_spares_the_next() -> None:
     assert make({"gpu-1": drained, "gpu-2": state()}).outage
 
 
+@pytest.mark.parametrize("digest", [OLD, NEW])
+def test_the_drain_of_a_dead_run_ends_with_it(digest: str) -> None:
+    drains = [{"instance": "chat.0", "owner": "run:R0", "weight": 0}]
+    left = {**state(instance(digest=digest, weight=0)), "drains": drains}
+    assert not make({"gpu-1": left, "gpu-2": state()}).outage
+    operators = {**left, "drains": [*drains, {"instance": "chat.0", "owner": "operator:ann", "weight": 0}]}
+    assert make({"gpu-1": operators, "gpu-2": state()}).outage
+
+
 def test_two_instances_on_one_host_are_no_outage() -> None:
     plan = make({"gpu-1": state(instance(), instance("chat.1"))}, per_host=2)
     assert (plan.outage, plan.least_serving) == (False, 1)
