@@ -88,7 +88,8 @@ def receivers(given: Mapping[str, Any]) -> dict[str, Any]:
         if not MAIL.fullmatch(address):
             raise ConfigurationError("alerts.bad_address", f"{key}: {address} is no mail address.",
                                      hint="ann@example.org, or several with commas")
-    for key, url in [("alert_webhook_url", url) for url in webhooks] + [("alert_watchdog_url", watchdog)] * bool(watchdog):
+    urls = [("alert_webhook_url", url) for url in webhooks] + [("alert_watchdog_url", watchdog)] * bool(watchdog)
+    for key, url in urls:
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             # not the URL itself: there may be a token in it
             raise ConfigurationError("alerts.bad_url", f"{key} is no http:// or https:// address.",
@@ -100,8 +101,8 @@ def receivers(given: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigurationError("alerts.bad_smtp", f"alert_smtp={smarthost} is not host:port.",
                                  hint="alert_smtp=mail.example.org:587")
     if emails and not sender:
-        raise ConfigurationError("alerts.no_sender", "alert_email_to is set, and alert_smtp_from does not say from whom "
-                                 "the mail comes.", hint="alert_smtp_from=opsctl@example.org")
+        raise ConfigurationError("alerts.no_sender", "alert_email_to is set, and alert_smtp_from does not say from "
+                                 "whom the mail comes.", hint="alert_smtp_from=opsctl@example.org")
     return {"emails": emails, "smarthost": smarthost, "from": sender, "user": str(given.get("alert_smtp_user") or ""),
             "require_tls": _truth(given.get("alert_smtp_require_tls", True)), "webhooks": webhooks,
             "watchdog": watchdog}
@@ -113,8 +114,8 @@ def remarks(fleet: Fleet) -> tuple[str, ...]:
     for host in fleet.group("monitor"):
         if not any(host.variables.get(key) for key in ("alert_email_to", "alert_webhook_url")):
             said.append(f"{host.name}: alerts reach nobody: they are shown in Alertmanager only "
-                        f"(http://{_join(host.management_address, ALERTMANAGER_PORT)}); set alert_email_to and alert_smtp, "
-                        "or alert_webhook_url, in the inventory")
+                        f"(http://{_join(host.management_address, ALERTMANAGER_PORT)}); set alert_email_to and "
+                        "alert_smtp, or alert_webhook_url, in the inventory")
     return tuple(said)
 
 

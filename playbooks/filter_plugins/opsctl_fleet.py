@@ -1,4 +1,4 @@
-"""The filters ``opsctl_fleet`` and ``opsctl_receivers``: what the playbooks need to know, computed where opsctl computes it.
+"""The filters ``opsctl_fleet`` and ``opsctl_receivers``: what playbooks need to know, computed where opsctl computes it.
 
     groups | opsctl_fleet(hostvars, lookup('file', inventory_dir ~ '/services.yml'), inventory_dir)
     hostvars[inventory_hostname] | opsctl_receivers
@@ -48,7 +48,8 @@ RETURN = r"""
 _value:
   description: >-
     placements (a list for each host), backends (one for each service), gateway_url, gateway_host, bundle_port,
-    agent_check_port, package_source, load_balancer, host_addresses, monitoring (jobs, alertmanagers, cluster_peers, ports).
+    agent_check_port, package_source, load_balancer, host_addresses, monitoring (jobs, alertmanagers, cluster_peers,
+    ports).
   type: dict
 """
 
@@ -84,7 +85,10 @@ def opsctl_fleet(groups: Mapping[str, Any], hostvars: Mapping[str, Any], service
 
 
 def opsctl_receivers(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Whom alerts reach, from a host's variables. Not a part of ``opsctl_fleet``: a URL may hold a token, and facts are shown."""
+    """Whom alerts reach, from a host's variables.
+
+    Not a part of ``opsctl_fleet``: a URL may hold a token, and facts are shown.
+    """
     return monitoring.receivers({key: plain(variables[key]) for key in monitoring.RECEIVERS if key in variables})
 
 

@@ -1,7 +1,9 @@
-"""Debian's own promtool, amtool, Prometheus and Alertmanager for tests, and the rules and configurations as they ship."""
+"""Debian's own promtool, amtool, Prometheus and Alertmanager for tests; rules and configurations as they ship."""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from rendering import render
 from opsctl.resources import resource
 
 CACHE = Path.home() / ".cache" / "opsctl-tests" / "monitoring"
+UNPACKED = CACHE / "root"
 PACKAGES = ("prometheus", "prometheus-alertmanager")
 PROGRAMS = ("promtool", "prometheus", "amtool", "prometheus-alertmanager")
 MONITORING = resource("monitoring")
@@ -30,10 +33,19 @@ def find_programs() -> Path:
 
     Skips the test, with apt's last words, where neither is to be had.
     """
-    for folder in (Path("/usr/bin"), CACHE / "root" / "usr" / "bin"):
-        if all((folder / program).exists() for program in PROGRAMS):
-            return folder
+    if all((Path("/usr/bin") / program).exists() for program in PROGRAMS):
+        return Path("/usr/bin")
+    folder = UNPACKED / "usr" / "bin"
     CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run side by side
+        if not (CACHE / ".complete").exists():
+            _unpack()
+            (CACHE / ".complete").touch()
+    return folder
+
+
+def _unpack() -> None:
     done = subprocess.run(["apt-get", "download", "--quiet", *PACKAGES], cwd=CACHE, capture_output=True, text=True,
                           check=False, timeout=300)
     archives = [archive for name in PACKAGES for archive in sorted(CACHE.glob(f"{name}_*.deb"))[-1:]]
@@ -41,9 +53,25 @@ def find_programs() -> Path:
         pytest.skip("prometheus and prometheus-alertmanager are neither installed nor to be downloaded: "
                     + (done.stderr.strip().splitlines() or ["apt-get says nothing"])[-1])
     for archive in archives:
-        subprocess.run(["dpkg-deb", "--extract", archive, CACHE / "root"], check=True, timeout=120)
+        subprocess.run(["dpkg-deb", "--extract", archive, UNPACKED], check=True, timeout=120)
         archive.unlink()
-    return CACHE / "root" / "usr" / "bin"
+
+
+def command_of(programs: Path, program: str) -> list[str]:
+    """How to run one of the programs.
+
+    Debian's Alertmanager reads a file below /usr/share, which is not there when its package is only unpacked: it gets
+    a view of its own, where it is. Skips where that is not allowed.
+    """
+    if programs == Path("/usr/bin"):
+        return [str(programs / program)]
+    view = ["unshare", "--mount", *(["--user", "--map-root-user"] if os.geteuid() else []), "sh", "-c",
+            'mount -t overlay overlay -o "lowerdir=$0:/usr/share" /usr/share && exec "$@"',
+            str(UNPACKED / "usr" / "share")]
+    tried = subprocess.run([*view, "true"], capture_output=True, text=True, check=False, timeout=30)
+    if tried.returncode:
+        pytest.skip(f"no view of its own for {program}, whose package is not installed: {tried.stderr.strip()}")
+    return [*view, str(programs / program)]
 
 
 def rendered(name: str, **changed: object) -> str:

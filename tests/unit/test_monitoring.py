@@ -63,7 +63,8 @@ class TestTargets:
             "inference": ["10.0.0.11:8100", "10.0.0.11:8101", "[fd00::12]:8100", "[fd00::12]:8101"],
             "load_balancer": ["10.9.0.2:8404"], "prometheus": ["10.9.0.2:9090"], "alertmanager": ["10.9.0.2:9093"]}
         assert found["gpu"][1] == ("[fd01::12]:9400", gpu_2)
-        assert found["inference"][3] == ("[fd00::12]:8101", {**gpu_2, "service": "chat", "inference_instance": "chat.1"})
+        chat_1 = {"service": "chat", "inference_instance": "chat.1"}
+        assert found["inference"][3] == ("[fd00::12]:8101", {**gpu_2, **chat_1})
 
     def test_without_a_monitor_group_there_is_nothing(self) -> None:
         alone = replace(FLEET, hosts=(replace(FLEET.hosts[0], groups=("gateway", "lb")), *FLEET.hosts[1:]))
@@ -125,18 +126,18 @@ def test_what_the_role_writes_is_a_configuration(programs: Path, tmp_path: Path,
         monitoring_host="ops-1", monitoring_jobs=monitoring.scrape_jobs(FLEET),
         monitoring_alertmanagers=monitoring.alertmanagers(FLEET)),
         "alertmanager.yml": alertmanager_configuration(monitoring_host="ops-1", monitoring_receivers=receivers)}
-    for name, text in texts.items():
+    for name in texts:
         for there, path in here.items():
-            text = text.replace(there, str(path))
-        (tmp_path / name).write_text(text)
+            texts[name] = texts[name].replace(there, str(path))
+        (tmp_path / name).write_text(texts[name])
     checked = run_tool(programs / "promtool", "check", "config", tmp_path / "prometheus.yml")
     assert checked.returncode == 0, checked.stdout + checked.stderr
     checked = run_tool(programs / "amtool", "check-config", tmp_path / "alertmanager.yml")
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
     def route(*labels: str) -> str:
-        done = run_tool(programs / "amtool", "config", "routes", "test", f"--config.file={tmp_path}/alertmanager.yml", *labels)
-        return done.stdout.strip()
+        of = f"--config.file={tmp_path}/alertmanager.yml"
+        return run_tool(programs / "amtool", "config", "routes", "test", of, *labels).stdout.strip()
 
     told = "operators" if receivers["webhooks"] else "nobody"
     assert route("alertname=GpuThermalMarginLow", "severity=critical") == told
@@ -161,10 +162,12 @@ def test_nothing_listens_on_any_address() -> None:
             **DEFAULTS, "monitoring_listen": "fd01::2", "monitoring_ports": ports, "monitoring_cluster_peers": []})
         assert re.findall(r"--\S*listen-address=(\S*)", text) in (["[fd01::2]:9090"], ["[fd01::2]:9093", ""])
         assert re.search(r"listen-address=\S*\nRestart=|external-url=\S+\nRestart=", text)
-    text = render("roles/node_exporter/templates/node-exporter.conf.j2", node_exporter_listen="10.9.0.2", node_exporter_port=9100)
+    text = render("roles/node_exporter/templates/node-exporter.conf.j2", node_exporter_listen="10.9.0.2",
+                  node_exporter_port=9100)
     assert "--web.listen-address=10.9.0.2:9100\n" in text
     clustered = render("roles/monitoring/templates/alertmanager.conf.j2", **{
-        **DEFAULTS, "monitoring_listen": "10.9.0.2", "monitoring_ports": ports, "monitoring_cluster_peers": ["a:9094", "b:9094"]})
+        **DEFAULTS, "monitoring_listen": "10.9.0.2", "monitoring_ports": ports,
+        "monitoring_cluster_peers": ["a:9094", "b:9094"]})
     assert "--cluster.listen-address=10.9.0.2:9094 --cluster.peer=a:9094 --cluster.peer=b:9094\n" in clustered
 
 
@@ -188,12 +191,13 @@ def test_every_alert_has_a_test_and_a_runbook_and_there_are_no_others() -> None:
     assert set(ALERTS) == set(TESTS) == {path.stem for path in (MONITORING / "runbooks").glob("*.md")}
 
 
-def cases(alert: str) -> list[dict[str, Any]]:
-    return [case for test in TESTS[alert]["tests"] for case in test.get("alert_rule_test", ()) if case["alertname"] == alert]
+def cases(alert: str) -> list[list[dict[str, Any]]]:
+    """Of each of its tests, what is expected and when."""
+    return [test.get("alert_rule_test", []) for test in TESTS[alert]["tests"]]
 
 
 def expected(alert: str) -> list[dict[str, Any]]:
-    return [one for case in cases(alert) for one in case["exp_alerts"]]
+    return [one for rounds in cases(alert) for case in rounds for one in case["exp_alerts"]]
 
 
 @pytest.mark.parametrize("alert", ALERTS)
@@ -201,8 +205,7 @@ class TestAlert:
     def test_its_test_sees_it_fire_not_fire_and_resolve(self, alert: str) -> None:
         if alert == "Watchdog":
             return  # its test says why
-        seen = [[bool(case["exp_alerts"]) for case in test.get("alert_rule_test", ()) if case["alertname"] == alert]
-                for test in TESTS[alert]["tests"]]
+        seen = [[bool(case["exp_alerts"]) for case in rounds] for rounds in cases(alert)]
         assert any(rounds[:1] == [False] and True in rounds and rounds[-1:] == [False] for rounds in seen)
 
     def test_it_says_how_bad_whose_and_what_to_do(self, alert: str) -> None:
@@ -212,8 +215,8 @@ class TestAlert:
             assert set(rule["annotations"]) == {"summary", "description", "action", "runbook_url"}
             assert rule["annotations"]["runbook_url"].endswith(f"/monitoring/runbooks/{alert}.md")
             assert rule["annotations"]["runbook_url"].startswith("ops-1:/usr/local/share/opsctl/")
-            named = ("host", "gpu", "UUID", "service", "inference_instance") if rule["labels"]["component"] == "gpu" else ()
-            for label in named:
+            of_gpus = ("host", "gpu", "UUID", "service", "inference_instance")
+            for label in of_gpus if rule["labels"]["component"] == "gpu" else ():
                 assert f"$labels.{label} " in rule["annotations"]["summary"], label
 
     def test_each_rule_is_seen_to_fire_and_its_command_is_one_of_todays(self, alert: str) -> None:
@@ -238,7 +241,8 @@ def parse(line: str) -> None:
     verbs[words[0]].make_context(words[0], words[1:]).close()
 
 
-@pytest.mark.parametrize("line", ["opsctl drian gpu-1", "opsctl drain", "opsctl logs --since", "opsctl status --limits x"])
+@pytest.mark.parametrize("line", ["opsctl drian gpu-1", "opsctl drain", "opsctl logs --since",
+                                  "opsctl status --limits x"])
 def test_a_command_that_nobody_could_type_is_noticed(line: str) -> None:
     with pytest.raises((KeyError, TyperException)):
         parse(line)
