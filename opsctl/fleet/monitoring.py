@@ -7,7 +7,7 @@ engines also ``service`` and ``inference_instance``. Rules and dashboards rest o
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,6 +24,7 @@ from opsctl.fleet.placements import place
 
 NODE_EXPORTER_PORT = 9100  # Debian's default, and everybody's
 CLUSTER_PORT = 9094  # several Alertmanagers agree on who has told what
+RULE = re.compile(r"^\s*- (?:alert|record): (\S+)", re.MULTILINE)
 MAIL = re.compile(r"[^@\s,]+@[^@\s,]+")
 # The inventory's variables that say whom alerts reach.
 RECEIVERS = ("alert_email_to", "alert_smtp", "alert_smtp_from", "alert_smtp_user", "alert_smtp_require_tls",
@@ -117,6 +118,40 @@ def remarks(fleet: Fleet) -> tuple[str, ...]:
                         f"(http://{_join(host.management_address, ALERTMANAGER_PORT)}); set alert_email_to and "
                         "alert_smtp, or alert_webhook_url, in the inventory")
     return tuple(said)
+
+
+def wrong_targets(jobs: Sequence[Mapping[str, Any]], active: Sequence[Mapping[str, Any]], quiet: Collection[str] = ()
+                  ) -> list[str]:
+    """What is wrong with Prometheus' targets, a few words each; empty: nothing.
+
+    ``jobs``: of ``scrape_jobs``; ``active``: ``activeTargets`` of Prometheus' API; ``quiet``: services whose engines may be
+    down, as they have no release yet. A target that was not asked yet is no wrong one.
+    """
+    wanted = {_key({"job": job["job"], **target["labels"]}) for job in jobs for target in job["targets"]}
+    found = {_key(target["labels"]): target for target in active}
+    words = [f"{_words(key)} is not asked" for key in sorted(wanted - set(found))]
+    words += [f"{_words(key)} is asked and not of the fleet" for key in sorted(set(found) - wanted)]
+    for key in sorted(wanted & set(found)):
+        target = found[key]
+        if target["health"] == "down" and target["labels"].get("service") not in quiet:
+            words.append(f"{_words(key)} does not answer ({target.get('lastError') or 'no reason given'})")
+    return words
+
+
+def wrong_rules(texts: Sequence[str], groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is wrong with Prometheus' rules, a few words each. ``texts``: files of rules; ``groups``: of Prometheus' API."""
+    wanted = {name for text in texts for name in RULE.findall(text)}
+    loaded = [rule for group in groups for rule in group["rules"]]
+    words = [f"{name} is not loaded" for name in sorted(wanted - {rule["name"] for rule in loaded})]
+    return words + [f"{rule['name']} fails ({rule.get('lastError', '')})" for rule in loaded if rule["health"] == "err"]
+
+
+def _key(labels: Mapping[str, str]) -> tuple[str, str, str]:
+    return labels.get("job", ""), labels.get("host", ""), labels.get("inference_instance", "")
+
+
+def _words(key: tuple[str, str, str]) -> str:
+    return " ".join(part for part in key if part)
 
 
 def _target(host: Host, port: int) -> dict[str, Any]:

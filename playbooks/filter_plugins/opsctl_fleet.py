@@ -1,4 +1,4 @@
-"""The filters ``opsctl_fleet`` and ``opsctl_receivers``: what playbooks need to know, computed where opsctl computes it.
+"""The filters ``opsctl_fleet`` and ``opsctl_receivers``: what playbooks need to know, from where opsctl computes it.
 
     groups | opsctl_fleet(hostvars, lookup('file', inventory_dir ~ '/services.yml'), inventory_dir)
     hostvars[inventory_hostname] | opsctl_receivers

@@ -21,6 +21,7 @@ PACKAGES = ("prometheus", "prometheus-alertmanager")
 PROGRAMS = ("promtool", "prometheus", "amtool", "prometheus-alertmanager")
 MONITORING = resource("monitoring")
 RULES = MONITORING / "rules"
+MAIL = MONITORING / "notifications" / "mail.tmpl"
 DEFAULTS: dict[str, Any] = {
     **yaml.safe_load((resource("roles/monitoring") / "defaults" / "main.yml").read_text()),
     **yaml.safe_load((resource("roles/monitoring") / "vars" / "main.yml").read_text()),
@@ -109,6 +110,15 @@ def prometheus_configuration(**changed: object) -> str:
 
 def alertmanager_configuration(**changed: object) -> str:
     return render("templates/alertmanager.yml.j2", **{**DEFAULTS, **changed})
+
+
+def moved(text: str, **paths: Path) -> str:
+    """A configuration with its files elsewhere: ``rules``, ``mail`` and ``password``."""
+    there = {"rules": "/etc/prometheus/opsctl/rules", "mail": "/etc/prometheus/opsctl/mail.tmpl",
+             "password": str(DEFAULTS["monitoring_password_file"])}
+    for name, path in paths.items():
+        text = text.replace(there[name], str(path))
+    return text
 
 
 def run_tool(*argv: object) -> subprocess.CompletedProcess[str]:

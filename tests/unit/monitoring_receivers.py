@@ -1,4 +1,4 @@
-"""What Alertmanager talks to in tests: a webhook and a mail server that keep what they get; exporters with our words."""
+"""What Alertmanager talks to in tests: a webhook and a mail server that keep what they get; exporters of ours."""
 
 from __future__ import annotations
 

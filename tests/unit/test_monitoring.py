@@ -12,11 +12,13 @@ import pytest
 import yaml
 from monitoring_kit import (
     DEFAULTS,
+    MAIL,
     MONITORING,
     RULES,
     alertmanager_configuration,
     alerts,
     find_programs,
+    moved,
     prometheus_configuration,
     run_tool,
     write_rules,
@@ -110,6 +112,40 @@ class TestReceivers:
         assert monitoring.remarks(replace(FLEET, hosts=(told, *FLEET.hosts[1:]))) == ()
 
 
+class TestWhatPrometheusSays:
+    JOBS = monitoring.scrape_jobs(FLEET)
+    ACTIVE = [{"labels": {"job": job["job"], **target["labels"]}, "health": "up", "lastError": ""}
+              for job in JOBS for target in job["targets"]]
+
+    def changed(self, job: str, **what: Any) -> list[dict[str, Any]]:
+        return [{**one, **what} if one["labels"]["job"] == job else one for one in self.ACTIVE]
+
+    def test_all_is_well(self) -> None:
+        assert monitoring.wrong_targets(self.JOBS, self.ACTIVE) == []
+        assert monitoring.wrong_targets(self.JOBS, self.changed("node", health="unknown")) == []
+
+    def test_who_is_silent_forgotten_or_foreign(self) -> None:
+        down = self.changed("load_balancer", health="down", lastError="connection refused")
+        assert monitoring.wrong_targets(self.JOBS, down) == ["load_balancer ops-1 does not answer (connection refused)"]
+        assert monitoring.wrong_targets(self.JOBS, self.ACTIVE[1:]) == ["node ops-1 is not asked"]
+        assert monitoring.wrong_targets(self.JOBS[1:], self.ACTIVE)[0] == "node gpu-1 is asked and not of the fleet"
+
+    def test_engines_without_a_release_may_be_silent(self) -> None:
+        down = self.changed("inference", health="down")
+        assert len(monitoring.wrong_targets(self.JOBS, down)) == 4
+        assert monitoring.wrong_targets(self.JOBS, down, {"chat"}) == []
+
+    def test_rules_that_are_not_loaded_or_fail(self) -> None:
+        texts = [path.read_text() for path in RULES.glob("*.yml")]
+        names = [name for text in texts for name in monitoring.RULE.findall(text)]
+        assert set(alerts()) < set(names)
+        loaded = [{"name": name, "health": "ok"} for name in names]
+        assert monitoring.wrong_rules(texts, [{"rules": loaded}]) == []
+        broken = [{"rules": [one for one in loaded if one["name"] != "Watchdog"]},
+                  {"rules": [{"name": "x", "health": "err", "lastError": "many-to-many"}]}]
+        assert monitoring.wrong_rules(texts, broken) == ["Watchdog is not loaded", "x fails (many-to-many)"]
+
+
 @pytest.fixture(scope="module")
 def programs() -> Path:
     return find_programs()
@@ -120,16 +156,12 @@ def programs() -> Path:
 def test_what_the_role_writes_is_a_configuration(programs: Path, tmp_path: Path, receivers: dict[str, Any]) -> None:
     """Promtool and amtool read it, as they do on the host before it is put in its place."""
     write_rules(tmp_path / "rules")
-    here = {"/etc/prometheus/opsctl/rules": tmp_path / "rules",
-            "/etc/prometheus/opsctl/mail.tmpl": MONITORING / "notifications" / "mail.tmpl"}
     texts = {"prometheus.yml": prometheus_configuration(
         monitoring_host="ops-1", monitoring_jobs=monitoring.scrape_jobs(FLEET),
         monitoring_alertmanagers=monitoring.alertmanagers(FLEET)),
         "alertmanager.yml": alertmanager_configuration(monitoring_host="ops-1", monitoring_receivers=receivers)}
-    for name in texts:
-        for there, path in here.items():
-            texts[name] = texts[name].replace(there, str(path))
-        (tmp_path / name).write_text(texts[name])
+    for name, text in texts.items():
+        (tmp_path / name).write_text(moved(text, rules=tmp_path / "rules", mail=MAIL))
     checked = run_tool(programs / "promtool", "check", "config", tmp_path / "prometheus.yml")
     assert checked.returncode == 0, checked.stdout + checked.stderr
     checked = run_tool(programs / "amtool", "check-config", tmp_path / "alertmanager.yml")

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 from monitoring_kit import (
-    DEFAULTS,
-    MONITORING,
+    MAIL,
     alertmanager_configuration,
     command_of,
     find_programs,
+    moved,
     prometheus_configuration,
     write_rules,
 )
@@ -128,10 +128,7 @@ def write_files(tmp: Path, ports: dict[str, int], exporter: int, receivers: dict
             monitoring_alertmanagers=[f"127.0.0.1:{ports['alertmanager']}"]),
         "alertmanager.yml": alertmanager_configuration(**FAST, monitoring_host="ops-1", monitoring_receivers=receivers)}
     for name, text in texts.items():
-        (tmp / name).write_text(
-            text.replace("/etc/prometheus/opsctl/rules", str(tmp / "rules"))
-            .replace("/etc/prometheus/opsctl/mail.tmpl", str(MONITORING / "notifications" / "mail.tmpl"))
-            .replace(str(DEFAULTS["monitoring_password_file"]), str(tmp / "password")))
+        (tmp / name).write_text(moved(text, rules=tmp / "rules", mail=MAIL, password=tmp / "password"))
 
 
 def test_a_hot_gpu_reaches_webhook_and_mail_and_so_does_its_end(site: Site) -> None:
