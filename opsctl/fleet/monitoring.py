@@ -124,8 +124,8 @@ def wrong_targets(jobs: Sequence[Mapping[str, Any]], active: Sequence[Mapping[st
                   ) -> list[str]:
     """What is wrong with Prometheus' targets, a few words each; empty: nothing.
 
-    ``jobs``: of ``scrape_jobs``; ``active``: ``activeTargets`` of Prometheus' API; ``quiet``: services whose engines may be
-    down, as they have no release yet. A target that was not asked yet is no wrong one.
+    ``jobs``: of ``scrape_jobs``; ``active``: ``activeTargets`` of Prometheus' API; ``quiet``: services whose engines
+    may be down, as they have no release yet. A target that was not asked yet is no wrong one.
     """
     wanted = {_key({"job": job["job"], **target["labels"]}) for job in jobs for target in job["targets"]}
     found = {_key(target["labels"]): target for target in active}
@@ -139,7 +139,7 @@ def wrong_targets(jobs: Sequence[Mapping[str, Any]], active: Sequence[Mapping[st
 
 
 def wrong_rules(texts: Sequence[str], groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is wrong with Prometheus' rules, a few words each. ``texts``: files of rules; ``groups``: of Prometheus' API."""
+    """What is wrong with Prometheus' rules, a few words each. ``texts``: of files of rules; ``groups``: of its API."""
     wanted = {name for text in texts for name in RULE.findall(text)}
     loaded = [rule for group in groups for rule in group["rules"]]
     words = [f"{name} is not loaded" for name in sorted(wanted - {rule["name"] for rule in loaded})]

@@ -47,7 +47,8 @@ def test_targets(fleet: Fleet, asking, provisioned) -> None:
 @pytest.mark.of("monitor", "Prometheus has the rules that ship, and none of them fails")
 def test_rules(provisioned) -> None:
     texts = [path.read_text(encoding="utf-8") for path in sorted((resource("monitoring") / "rules").glob("*.yml"))]
-    refuse("every rule loaded", wrong_rules(texts, ask(provisioned, PROMETHEUS_PORT, "/api/v1/rules")["data"]["groups"]))
+    groups = ask(provisioned, PROMETHEUS_PORT, "/api/v1/rules")["data"]["groups"]
+    refuse("every rule loaded", wrong_rules(texts, groups))
 
 
 @pytest.mark.of("monitor", "Prometheus tells Alertmanager, and Alertmanager is ready")
@@ -63,5 +64,5 @@ def test_alertmanager(fleet: Fleet, provisioned) -> None:
 def test_receivers(provisioned) -> None:
     names = {one["name"] for one in ask(provisioned, ALERTMANAGER_PORT, "/api/v2/receivers")}
     if "operators" not in names:
-        raise Doubtful("alerts are shown in Alertmanager only: set alert_email_to and alert_smtp, or alert_webhook_url, in the "
-                       "inventory")
+        raise Doubtful("alerts are shown in Alertmanager only: set alert_email_to and alert_smtp, or "
+                       "alert_webhook_url, in the inventory")

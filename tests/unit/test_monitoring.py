@@ -1,9 +1,8 @@
-"""Targets and receivers from the fleet, what the role writes, and that every alert is whole: test, runbook, command."""
+"""Targets and receivers from the fleet, and what the role writes of them."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import yaml
 from monitoring_kit import (
     DEFAULTS,
     MAIL,
-    MONITORING,
     RULES,
     alertmanager_configuration,
     alerts,
@@ -24,10 +22,7 @@ from monitoring_kit import (
     write_rules,
 )
 from rendering import render
-from typer.exceptions import TyperException
-from typer.main import get_command
 
-from opsctl.cli.main import app
 from opsctl.errors import ConfigurationError
 from opsctl.fleet import monitoring
 from opsctl.fleet.model import Fleet, Host, Service
@@ -41,7 +36,6 @@ FLEET = Fleet(
      Host("gpu-2", "10.0.0.12", ("gpu",), service_address="fd00::12", management_address="fd01::12")),
     (Service("chat", "gpu", port=8100, listen=8000, instances_per_host=2),),
 )
-SEVERITIES = {"critical", "warning", "info"}
 NOBODY = monitoring.receivers({})
 EVERYBODY = monitoring.receivers({
     "alert_email_to": "ann@example.org, bob@example.org", "alert_smtp": "mail.example.org:587",
@@ -112,28 +106,29 @@ class TestReceivers:
         assert monitoring.remarks(replace(FLEET, hosts=(told, *FLEET.hosts[1:]))) == ()
 
 
-class TestWhatPrometheusSays:
-    JOBS = monitoring.scrape_jobs(FLEET)
-    ACTIVE = [{"labels": {"job": job["job"], **target["labels"]}, "health": "up", "lastError": ""}
-              for job in JOBS for target in job["targets"]]
+JOBS = monitoring.scrape_jobs(FLEET)
+ACTIVE = [{"labels": {"job": job["job"], **target["labels"]}, "health": "up", "lastError": ""}
+          for job in JOBS for target in job["targets"]]
 
+
+class TestWhatPrometheusSays:
     def changed(self, job: str, **what: Any) -> list[dict[str, Any]]:
-        return [{**one, **what} if one["labels"]["job"] == job else one for one in self.ACTIVE]
+        return [{**one, **what} if one["labels"]["job"] == job else one for one in ACTIVE]
 
     def test_all_is_well(self) -> None:
-        assert monitoring.wrong_targets(self.JOBS, self.ACTIVE) == []
-        assert monitoring.wrong_targets(self.JOBS, self.changed("node", health="unknown")) == []
+        assert monitoring.wrong_targets(JOBS, ACTIVE) == []
+        assert monitoring.wrong_targets(JOBS, self.changed("node", health="unknown")) == []
 
     def test_who_is_silent_forgotten_or_foreign(self) -> None:
         down = self.changed("load_balancer", health="down", lastError="connection refused")
-        assert monitoring.wrong_targets(self.JOBS, down) == ["load_balancer ops-1 does not answer (connection refused)"]
-        assert monitoring.wrong_targets(self.JOBS, self.ACTIVE[1:]) == ["node ops-1 is not asked"]
-        assert monitoring.wrong_targets(self.JOBS[1:], self.ACTIVE)[0] == "node gpu-1 is asked and not of the fleet"
+        assert monitoring.wrong_targets(JOBS, down) == ["load_balancer ops-1 does not answer (connection refused)"]
+        assert monitoring.wrong_targets(JOBS, ACTIVE[1:]) == ["node ops-1 is not asked"]
+        assert monitoring.wrong_targets(JOBS[1:], ACTIVE)[0] == "node gpu-1 is asked and not of the fleet"
 
     def test_engines_without_a_release_may_be_silent(self) -> None:
         down = self.changed("inference", health="down")
-        assert len(monitoring.wrong_targets(self.JOBS, down)) == 4
-        assert monitoring.wrong_targets(self.JOBS, down, {"chat"}) == []
+        assert len(monitoring.wrong_targets(JOBS, down)) == 4
+        assert monitoring.wrong_targets(JOBS, down, {"chat"}) == []
 
     def test_rules_that_are_not_loaded_or_fail(self) -> None:
         texts = [path.read_text() for path in RULES.glob("*.yml")]
@@ -213,99 +208,6 @@ def test_every_engine_is_counted() -> None:
         assert adapter.running_metric in text
         assert adapter.waiting_metric in text
         assert adapter.metrics_path == "/metrics"  # Prometheus' default
-
-
-ALERTS = alerts()
-TESTS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((MONITORING / "tests").glob("*.yml"))}
-
-
-def test_every_alert_has_a_test_and_a_runbook_and_there_are_no_others() -> None:
-    assert set(ALERTS) == set(TESTS) == {path.stem for path in (MONITORING / "runbooks").glob("*.md")}
-
-
-def cases(alert: str) -> list[list[dict[str, Any]]]:
-    """Of each of its tests, what is expected and when."""
-    return [test.get("alert_rule_test", []) for test in TESTS[alert]["tests"]]
-
-
-def expected(alert: str) -> list[dict[str, Any]]:
-    return [one for rounds in cases(alert) for case in rounds for one in case["exp_alerts"]]
-
-
-@pytest.mark.parametrize("alert", ALERTS)
-class TestAlert:
-    def test_its_test_sees_it_fire_not_fire_and_resolve(self, alert: str) -> None:
-        if alert == "Watchdog":
-            return  # its test says why
-        seen = [[bool(case["exp_alerts"]) for case in rounds] for rounds in cases(alert)]
-        assert any(rounds[:1] == [False] and True in rounds and rounds[-1:] == [False] for rounds in seen)
-
-    def test_it_says_how_bad_whose_and_what_to_do(self, alert: str) -> None:
-        for rule in ALERTS[alert]:
-            assert rule["labels"]["severity"] in SEVERITIES
-            assert rule["labels"]["component"]
-            assert set(rule["annotations"]) == {"summary", "description", "action", "runbook_url"}
-            assert rule["annotations"]["runbook_url"].endswith(f"/monitoring/runbooks/{alert}.md")
-            assert rule["annotations"]["runbook_url"].startswith("ops-1:/usr/local/share/opsctl/")
-            of_gpus = ("host", "gpu", "UUID", "service", "inference_instance")
-            for label in of_gpus if rule["labels"]["component"] == "gpu" else ():
-                assert f"$labels.{label} " in rule["annotations"]["summary"], label
-
-    def test_each_rule_is_seen_to_fire_and_its_command_is_one_of_todays(self, alert: str) -> None:
-        """With labels filled in by Prometheus itself: promtool compares these annotations with the rule's."""
-        causes = {rule["labels"].get("cause", "") for rule in ALERTS[alert]}
-        assert {one["exp_labels"].get("cause", "") for one in expected(alert)} == causes
-        for one in expected(alert):
-            parse(one["exp_annotations"]["action"])
-
-    def test_its_runbooks_commands_are_todays_too(self, alert: str) -> None:
-        text = (MONITORING / "runbooks" / f"{alert}.md").read_text()
-        lines = [line.strip() for line in text.splitlines() if line.startswith("    opsctl ")]
-        for command in [*lines, *re.findall(r"`(opsctl [a-z-]+ [^`]+)`", text)]:
-            parse(command.partition("  #")[0])
-
-
-def parse(line: str) -> None:
-    """Raises what the CLI would say, were this typed; nothing is run."""
-    program, *words = shlex.split(line)
-    assert program == "opsctl"
-    verbs = get_command(app).commands  # type: ignore[attr-defined]
-    verbs[words[0]].make_context(words[0], words[1:]).close()
-
-
-@pytest.mark.parametrize("line", ["opsctl drian gpu-1", "opsctl drain", "opsctl logs --since",
-                                  "opsctl status --limits x"])
-def test_a_command_that_nobody_could_type_is_noticed(line: str) -> None:
-    with pytest.raises((KeyError, TyperException)):
-        parse(line)
-
-
-def test_promtool_passes_every_case(programs: Path, tmp_path: Path) -> None:
-    write_rules(tmp_path / "rules")
-    checked = run_tool(programs / "promtool", "check", "rules", *sorted((tmp_path / "rules").iterdir()))
-    assert checked.returncode == 0, checked.stdout + checked.stderr
-    (tmp_path / "tests").mkdir()
-    for path in (MONITORING / "tests").glob("*.yml"):
-        (tmp_path / "tests" / path.name).write_text(path.read_text())
-    tested = run_tool(programs / "promtool", "test", "rules", *sorted((tmp_path / "tests").iterdir()))
-    assert tested.returncode == 0, tested.stdout + tested.stderr
-
-
-@pytest.mark.parametrize(("before", "after"), [
-    ("== 0)", "& 0)"),  # PromQL has no bit operators
-    ("opsctl_gpu_thermal_margin_celsius", "opsctl_gpu_thermal_margin"),  # a metric that is gone
-    ("<= 5", "< 5"),
-    ("unless on (host, service, inference_instance) (opsctl:instance_weight <= 10)", ""),
-])
-def test_a_rule_that_was_broken_does_not_pass(programs: Path, tmp_path: Path, before: str, after: str) -> None:
-    write_rules(tmp_path / "rules")
-    rules = tmp_path / "rules" / "gpu.yml"
-    assert before in rules.read_text()
-    rules.write_text(rules.read_text().replace(before, after))
-    (tmp_path / "tests").mkdir()
-    for name in ("GpuThermalMarginLow.yml", "GpuIdleWhileRequestsWait.yml"):
-        (tmp_path / "tests" / name).write_text((MONITORING / "tests" / name).read_text())
-    assert run_tool(programs / "promtool", "test", "rules", *sorted((tmp_path / "tests").iterdir())).returncode != 0
 
 
 def test_secrets_are_in_no_task_that_shows_them() -> None:

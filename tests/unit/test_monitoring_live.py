@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from monitoring_kit import (
     MAIL,
+    RULES,
     alertmanager_configuration,
     command_of,
     find_programs,
@@ -63,10 +64,12 @@ class Site:
     pages: dict[str, str] = field(default_factory=dict)
 
     def ask(self, query: str) -> list[dict[str, Any]]:
-        url = f"{self.prometheus}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            found: list[dict[str, Any]] = json.load(answer)["data"]["result"]
+        found: list[dict[str, Any]] = self.api(f"/api/v1/query?{urllib.parse.urlencode({'query': query})}")["result"]
         return found
+
+    def api(self, path: str) -> Any:
+        with urllib.request.urlopen(f"{self.prometheus}{path}", timeout=10) as answer:
+            return json.load(answer)["data"]
 
     def told(self, status: str, alert: str) -> Any:
         return self.webhook.wait_for(
@@ -169,6 +172,18 @@ def test_an_idle_gpu_while_requests_wait_and_not_the_drained_one(site: Site) -> 
     site.pages["/gpu"] = gpu_page(margin=40, utilisation=70)
     assert site.told("resolved", IDLE)["alerts"][0]["labels"]["host"] == "gpu-1"
     assert "OVER" in text_of(site.mailed("over", IDLE)[1])
+
+
+def test_what_prometheus_says_of_itself_is_what_verify_reads(site: Site) -> None:
+    targets = site.api("/api/v1/targets?state=active")["activeTargets"]
+    jobs = [{"job": one["labels"]["job"], "targets": [{"labels": one["labels"]}]} for one in targets]
+    assert len(jobs) == 3
+    assert monitoring.wrong_targets(jobs, targets) == []
+    assert monitoring.wrong_targets(jobs[1:], targets) != []
+    texts = [path.read_text() for path in RULES.iterdir()]
+    assert monitoring.wrong_rules(texts, site.api("/api/v1/rules")["groups"]) == []
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/api/v2/alerts",
+                        site.api("/api/v1/alertmanagers")["activeAlertmanagers"][0]["url"])
 
 
 def test_nothing_else_was_told(site: Site) -> None:
