@@ -49,7 +49,7 @@ _value:
   description: >-
     placements (a list for each host), backends (one for each service), gateway_url, gateway_host, bundle_port,
     agent_check_port, package_source, load_balancer, host_addresses, monitoring (jobs, alertmanagers, cluster_peers,
-    ports).
+    node_exporter_port, ports).
   type: dict
 """
 
@@ -78,8 +78,9 @@ def opsctl_fleet(groups: Mapping[str, Any], hostvars: Mapping[str, Any], service
             "jobs": monitoring.scrape_jobs(fleet),
             "alertmanagers": monitoring.alertmanagers(fleet),
             "cluster_peers": monitoring.cluster_peers(fleet),
-            "ports": {"node_exporter": monitoring.NODE_EXPORTER_PORT, "prometheus": PROMETHEUS_PORT,
-                      "alertmanager": ALERTMANAGER_PORT, "cluster": monitoring.CLUSTER_PORT},
+            "node_exporter_port": monitoring.NODE_EXPORTER_PORT,
+            "ports": {"prometheus": PROMETHEUS_PORT, "alertmanager": ALERTMANAGER_PORT,
+                      "cluster": monitoring.CLUSTER_PORT},
         },
     }
 
