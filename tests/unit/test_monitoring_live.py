@@ -190,3 +190,39 @@ def check_what_verify_reads(site: Site) -> None:
     assert monitoring.wrong_rules(texts, site.api("/api/v1/rules")["groups"]) == []
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/api/v2/alerts",
                         site.api("/api/v1/alertmanagers")["activeAlertmanagers"][0]["url"])
+
+
+@pytest.mark.skipif(not Path("/usr/sbin/haproxy").exists(), reason="haproxy is not on this machine")
+def test_haproxy_knows_every_name_that_rules_take_from_it(tmp_path: Path) -> None:
+    """Names and labels, from the real one: a rule on a metric that is gone would be silent for ever."""
+    port = free_port()
+    (tmp_path / "haproxy.cfg").write_text(f"""\
+defaults
+    mode http
+    timeout connect 1s
+    timeout client 5s
+    timeout server 5s
+frontend management
+    bind 127.0.0.1:{port}
+    http-request use-service prometheus-exporter
+backend chat
+    server gpu-1.chat.0 127.0.0.1:1 weight 30
+""")
+    haproxy = subprocess.Popen(["/usr/sbin/haproxy", "-W", "-db", "-f", tmp_path / "haproxy.cfg"],
+                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        assert haproxy.stderr is not None
+        assert any("Loading success" in line for line in haproxy.stderr)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            shown = answer.read().decode()
+    finally:
+        haproxy.terminate()
+        haproxy.communicate(timeout=10)
+    for series in ('haproxy_server_weight{proxy="chat",server="gpu-1.chat.0"} 30',
+                   'haproxy_server_status{proxy="chat",server="gpu-1.chat.0",state="UP"} 1',
+                   'haproxy_server_status{proxy="chat",server="gpu-1.chat.0",state="DRAIN"} 0',
+                   'haproxy_server_status{proxy="chat",server="gpu-1.chat.0",state="MAINT"} 0',
+                   'haproxy_backend_current_queue{proxy="chat"} 0'):
+        assert series in shown.splitlines()
+    used = set(re.findall(r"haproxy_\w+", "".join(path.read_text() for path in RULES.iterdir())))
+    assert used == {series.partition("{")[0] for series in shown.splitlines()} & used
