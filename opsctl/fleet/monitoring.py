@@ -13,8 +13,10 @@ from urllib.parse import urlsplit
 
 from opsctl.errors import ConfigurationError
 from opsctl.fleet.model import (
+    ALERTMANAGER_CLUSTER_PORT,
     ALERTMANAGER_PORT,
     EXPORTER_PORT,
+    NODE_EXPORTER_PORT,
     PROMETHEUS_PORT,
     STATISTICS_PORT,
     Fleet,
@@ -22,8 +24,6 @@ from opsctl.fleet.model import (
 )
 from opsctl.fleet.placements import place
 
-NODE_EXPORTER_PORT = 9100  # Debian's default, and everybody's
-CLUSTER_PORT = 9094  # several Alertmanagers agree on who has told what
 RULE = re.compile(r"^\s*- (?:alert|record): (\S+)", re.MULTILINE)
 MAIL = re.compile(r"[^@\s,]+@[^@\s,]+")
 # The inventory's variables that say whom alerts reach.
@@ -68,7 +68,7 @@ def alertmanagers(fleet: Fleet) -> list[str]:
 def cluster_peers(fleet: Fleet) -> list[str]:
     """``192.0.2.10:9094`` of each monitor host, so that two of them send one mail; empty when there is one only."""
     monitors = fleet.group("monitor")
-    return [_join(host.management_address, CLUSTER_PORT) for host in monitors] if len(monitors) > 1 else []
+    return [_join(host.management_address, ALERTMANAGER_CLUSTER_PORT) for host in monitors] if len(monitors) > 1 else []
 
 
 def receivers(given: Mapping[str, Any]) -> dict[str, Any]:

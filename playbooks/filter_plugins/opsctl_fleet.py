@@ -15,7 +15,14 @@ from typing import Any
 
 from opsctl.fleet import monitoring
 from opsctl.fleet.inventory import fleet_from_ansible, is_read
-from opsctl.fleet.model import AGENT_CHECK_PORT, ALERTMANAGER_PORT, BUNDLE_PORT, PROMETHEUS_PORT
+from opsctl.fleet.model import (
+    AGENT_CHECK_PORT,
+    ALERTMANAGER_CLUSTER_PORT,
+    ALERTMANAGER_PORT,
+    BUNDLE_PORT,
+    NODE_EXPORTER_PORT,
+    PROMETHEUS_PORT,
+)
 from opsctl.fleet.placements import backends, gateway, gateway_url, place
 
 DOCUMENTATION = r"""
@@ -78,9 +85,9 @@ def opsctl_fleet(groups: Mapping[str, Any], hostvars: Mapping[str, Any], service
             "jobs": monitoring.scrape_jobs(fleet),
             "alertmanagers": monitoring.alertmanagers(fleet),
             "cluster_peers": monitoring.cluster_peers(fleet),
-            "node_exporter_port": monitoring.NODE_EXPORTER_PORT,
+            "node_exporter_port": NODE_EXPORTER_PORT,
             "ports": {"prometheus": PROMETHEUS_PORT, "alertmanager": ALERTMANAGER_PORT,
-                      "cluster": monitoring.CLUSTER_PORT},
+                      "cluster": ALERTMANAGER_CLUSTER_PORT},
         },
     }
 
