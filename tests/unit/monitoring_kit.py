@@ -66,7 +66,9 @@ def command_of(programs: Path, program: str) -> list[str]:
     """
     if programs == Path("/usr/bin"):
         return [str(programs / program)]
-    view = ["unshare", "--mount", *(["--user", "--map-root-user"] if os.geteuid() else []), "sh", "-c",
+    # slave: what is unmounted outside goes here too, and no disk of a machine is held
+    view = ["unshare", "--mount", "--propagation", "slave",
+            *(["--user", "--map-root-user"] if os.geteuid() else []), "sh", "-c",
             'mount -t overlay overlay -o "lowerdir=$0:/usr/share" /usr/share && exec "$@"',
             str(UNPACKED / "usr" / "share")]
     tried = subprocess.run([*view, "true"], capture_output=True, text=True, check=False, timeout=30)
