@@ -25,8 +25,12 @@ MARKS = {
     "base": ("/etc/opsctl", "/var/lib/opsctl"),
     "gateway": ("/usr/sbin/nginx", "/srv/opsctl-gateway/bundle/SHA256SUMS"),
     "agent": ("/etc/systemd/system/opsctl-agent.service", "/etc/opsctl/agent.toml"),
+    "node_exporter": ("/usr/bin/prometheus-node-exporter",
+                      "/etc/systemd/system/prometheus-node-exporter.service.d/opsctl.conf"),
     "load_balancer": ("/usr/sbin/haproxy", "/usr/local/lib/opsctl/haproxy-state"),
     "inference": ("/etc/systemd/system/inference@.service",),
+    "monitoring": ("/usr/bin/promtool", "/usr/bin/amtool", "/etc/prometheus/opsctl/mail.tmpl",
+                   "/etc/systemd/system/prometheus-alertmanager.service.d/opsctl.conf"),
 }
 APT = ("/etc/opsctl/apt.conf", "/etc/apt/sources.list.d/opsctl.sources")  # base's, with package_source=gateway
 ON_ALL = ("base", "agent")
@@ -94,8 +98,9 @@ def roles_for(fleet: Fleet, host: Host) -> tuple[str, ...]:
     """The roles of a host, in the order in which a provision comes to them."""
     serves = "gpu" in host.groups or any(placement.host == host.name for placement in place(fleet))
     balances = fleet.load_balancer == "haproxy" and "lb" in host.groups
-    has = {"base": True, "gateway": gateway(fleet).name == host.name, "agent": True, "load_balancer": balances,
-           "inference": serves}
+    has = {"base": True, "gateway": gateway(fleet).name == host.name, "agent": True,
+           "node_exporter": bool(fleet.group("monitor")), "load_balancer": balances, "inference": serves,
+           "monitoring": "monitor" in host.groups}
     return tuple(role for role, wanted in has.items() if wanted)
 
 
@@ -119,6 +124,7 @@ def first_changes(fleet: Fleet, host: Host, roles: Sequence[str], login: str) ->
     given = {
         "base_package_source": fleet.package_source,
         "base_login_user": login,
+        "monitoring_receivers": {"user": host.variables.get("alert_smtp_user", "")},
         "inference_placements": [dataclasses.asdict(placement) for placement in place(fleet)
                                  if placement.host == host.name],
     }

@@ -16,6 +16,7 @@ from opsctl.engines.events import Emit, Note, PhaseStarted
 from opsctl.engines.session import Session, on_each
 from opsctl.errors import MixedError, OpsctlError, RefusedError
 from opsctl.fleet.model import Fleet, Host
+from opsctl.fleet.monitoring import remarks
 from opsctl.fleet.placements import clashes
 from opsctl.fleet.ssh_config import write_ssh_config
 from opsctl.releases.first_start import bring_up, check_releases
@@ -63,6 +64,8 @@ def provision(request: Request, run: Run, emit: Emit) -> dict[str, Any]:
         variables={"opsctl_bundle": str(request.bundle), "opsctl_bundle_verified": "true"},
     )
     judge(outcome, run.directory / "ansible.log")
+    for sentence in remarks(fleet):
+        emit(Note(sentence, "warning"))
     run.about_to()
     try:
         served = bring_up(fleet, emit, hosts=reached, bundle=request.bundle, run=run.name)

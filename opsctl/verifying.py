@@ -22,10 +22,11 @@ from opsctl.planning import roles_for
 from opsctl.resources import resource
 from opsctl.role_tasks import defaults_of, holds_of, packages_of
 
-Kind = Literal["host", "unit", "package", "hold", "instance", "balancer", "server", "endpoint"]
+Kind = Literal["host", "unit", "package", "hold", "instance", "balancer", "server", "endpoint", "monitor"]
 Verdict = Literal["good", "wrong", "warning", "skipped"]
 UNITS = {"agent": ("opsctl-recover.service", "opsctl-agent.service"), "gateway": ("nginx.service",),
-         "load_balancer": ("haproxy.service",)}
+         "load_balancer": ("haproxy.service",), "node_exporter": ("prometheus-node-exporter.service",),
+         "monitoring": ("prometheus.service", "prometheus-alertmanager.service")}
 TIME_SERVICES = ("systemd-timesyncd", "chrony", "chronyd", "ntpsec", "ntp", "ntpd", "openntpd")
 PROVISION = "opsctl provision"
 
@@ -81,6 +82,7 @@ def targets(fleet: Fleet, hosts: Sequence[Host], kind: Kind) -> list[Target]:
                                 for one in place(fleet)] if balances(fleet, host) else [],
         "endpoint": lambda host: [Target(host.name, service.name, service.name, service.listen)
                                   for service in fleet.services] if balances(fleet, host) else [],
+        "monitor": lambda host: [Target(host.name)] if "monitoring" in roles_for(fleet, host) else [],
     }
     return [target for host in hosts for target in found[kind](host)]
 

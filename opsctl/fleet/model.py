@@ -15,8 +15,10 @@ AGENT_CHECK_PORT = 9777
 STATISTICS_PORT = 8404  # HAProxy's statistics page and metrics
 BUNDLE_PORT = 8480
 EXPORTER_PORT = 9400
+NODE_EXPORTER_PORT = 9100  # Debian's default, and everybody's
 PROMETHEUS_PORT = 9090
 ALERTMANAGER_PORT = 9093
+ALERTMANAGER_CLUSTER_PORT = 9094  # several Alertmanagers agree on who has told what
 GRAFANA_PORT = 3000
 
 

@@ -10,10 +10,12 @@ from typing import Any
 from opsctl.errors import ConfigurationError
 from opsctl.fleet.model import (
     AGENT_CHECK_PORT,
+    ALERTMANAGER_CLUSTER_PORT,
     ALERTMANAGER_PORT,
     BUNDLE_PORT,
     EXPORTER_PORT,
     GRAFANA_PORT,
+    NODE_EXPORTER_PORT,
     PROMETHEUS_PORT,
     STATISTICS_PORT,
     Fleet,
@@ -127,8 +129,8 @@ def clashes(fleet: Fleet) -> None:
                 raise ConfigurationError(
                     "services.port_clash", f"{fleet.services_file}: {first.what} and {second.what} would both listen "
                     f"on port {port} of {host.name} ({' and '.join(dict.fromkeys(keys))}).",
-                    hint="opsctl itself uses 8404, 8480, 9090, 9093, 9400, 9777 and 3000; a free range a service, such "
-                         "as 8100, 8200 for port and 8000, 8001 for listen, keeps clear of all")
+                    hint="opsctl itself uses 8404, 8480, 9090, 9093, 9094, 9100, 9400, 9777 and 3000; a free range a "
+                         "service, such as 8100, 8200 for port and 8000, 8001 for listen, keeps clear of all")
 
 
 def _listeners(fleet: Fleet, host: Host) -> Iterator[_Listener]:
@@ -136,6 +138,8 @@ def _listeners(fleet: Fleet, host: Host) -> Iterator[_Listener]:
     serves = [service for service in fleet.services if service.group in groups]
     if host.connection == "ssh" and host.port == 22:  # another port may be a router's, not the machine's own
         yield _Listener(host.port, "sshd")
+    if fleet.group("monitor"):
+        yield _Listener(NODE_EXPORTER_PORT, "the machine's exporter")
     if serves:
         yield _Listener(AGENT_CHECK_PORT, "opsctl's agent")
         yield _Listener(EXPORTER_PORT, "opsctl's exporter")
@@ -145,6 +149,7 @@ def _listeners(fleet: Fleet, host: Host) -> Iterator[_Listener]:
         yield _Listener(PROMETHEUS_PORT, "Prometheus")
         yield _Listener(ALERTMANAGER_PORT, "Alertmanager")
         yield _Listener(GRAFANA_PORT, "Grafana")
+        yield _Listener(ALERTMANAGER_CLUSTER_PORT, "Alertmanager's cluster")
     for service in serves:
         for index in range(service.instances_per_host):
             yield _Listener(service.port + index, f"{service.name}.{index}", f"{service.name}: port: {service.port}")

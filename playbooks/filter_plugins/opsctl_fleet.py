@@ -1,6 +1,7 @@
-"""The filter ``opsctl_fleet``: what the playbooks need to know of the fleet, computed where opsctl computes it.
+"""The filters ``opsctl_fleet`` and ``opsctl_receivers``: what playbooks need to know, from where opsctl computes it.
 
     groups | opsctl_fleet(hostvars, lookup('file', inventory_dir ~ '/services.yml'), inventory_dir)
+    hostvars[inventory_hostname] | opsctl_receivers
 
 Nothing is decided here, and nothing of Ansible is imported: its lazy, tagged values become plain ones on the way in.
 """
@@ -12,8 +13,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from opsctl.fleet import monitoring
 from opsctl.fleet.inventory import fleet_from_ansible, is_read
-from opsctl.fleet.model import AGENT_CHECK_PORT, BUNDLE_PORT
+from opsctl.fleet.model import (
+    AGENT_CHECK_PORT,
+    ALERTMANAGER_CLUSTER_PORT,
+    ALERTMANAGER_PORT,
+    BUNDLE_PORT,
+    NODE_EXPORTER_PORT,
+    PROMETHEUS_PORT,
+)
 from opsctl.fleet.placements import backends, gateway, gateway_url, place
 
 DOCUMENTATION = r"""
@@ -46,7 +55,8 @@ RETURN = r"""
 _value:
   description: >-
     placements (a list for each host), backends (one for each service), gateway_url, gateway_host, bundle_port,
-    agent_check_port, package_source, load_balancer, host_addresses.
+    agent_check_port, package_source, load_balancer, host_addresses, monitoring (jobs, alertmanagers, cluster_peers,
+    node_exporter_port, ports).
   type: dict
 """
 
@@ -71,7 +81,23 @@ def opsctl_fleet(groups: Mapping[str, Any], hostvars: Mapping[str, Any], service
         "load_balancer": fleet.load_balancer,
         "host_addresses": {host.name: {"service_address": host.service_address,
                                        "management_address": host.management_address} for host in fleet.hosts},
+        "monitoring": {
+            "jobs": monitoring.scrape_jobs(fleet),
+            "alertmanagers": monitoring.alertmanagers(fleet),
+            "cluster_peers": monitoring.cluster_peers(fleet),
+            "node_exporter_port": NODE_EXPORTER_PORT,
+            "ports": {"prometheus": PROMETHEUS_PORT, "alertmanager": ALERTMANAGER_PORT,
+                      "cluster": ALERTMANAGER_CLUSTER_PORT},
+        },
     }
+
+
+def opsctl_receivers(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Whom alerts reach, from a host's variables.
+
+    Not a part of ``opsctl_fleet``: a URL may hold a token, and facts are shown.
+    """
+    return monitoring.receivers({key: plain(variables[key]) for key in monitoring.RECEIVERS if key in variables})
 
 
 def plain(value: Any) -> Any:
@@ -92,4 +118,4 @@ class FilterModule:
     """What Ansible looks for in this file."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
-        return {"opsctl_fleet": opsctl_fleet}
+        return {"opsctl_fleet": opsctl_fleet, "opsctl_receivers": opsctl_receivers}

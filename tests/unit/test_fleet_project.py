@@ -158,6 +158,8 @@ def test_filter_gives_playbooks_plain_data_under_real_ansible(workstation: Path)
         "gateway_url": "http://127.0.0.1:8480", "gateway_host": "this", "bundle_port": 8480, "agent_check_port": 9777,
         "package_source": "gateway", "load_balancer": "haproxy",
         "host_addresses": {"this": {"service_address": "127.0.0.1", "management_address": "127.0.0.1"}},
+        "monitoring": {"jobs": [], "alertmanagers": [], "cluster_peers": [], "node_exporter_port": 9100,
+                       "ports": {"prometheus": 9090, "alertmanager": 9093, "cluster": 9094}},
     }
 
 

@@ -51,9 +51,16 @@ def lacking(*roles: str) -> list[str]:
 
 class TestRoles:
     def test_by_groups_and_services(self) -> None:
-        assert roles_for(FLEET, OPS) == ("base", "gateway", "agent", "load_balancer")
-        assert roles_for(FLEET, GPU) == ("base", "agent", "inference")
-        assert roles_for(replace(FLEET, load_balancer="hook"), OPS) == ("base", "gateway", "agent")
+        assert roles_for(FLEET, OPS) == ("base", "gateway", "agent", "node_exporter", "load_balancer", "monitoring")
+        assert roles_for(FLEET, GPU) == ("base", "agent", "node_exporter", "inference")
+        assert roles_for(replace(FLEET, load_balancer="hook"), OPS) == (
+            "base", "gateway", "agent", "node_exporter", "monitoring")
+
+    def test_without_a_monitor_group_nothing_is_watched(self) -> None:
+        ops = replace(OPS, groups=("gateway", "lb"))
+        alone = replace(FLEET, hosts=(ops, GPU))
+        assert roles_for(alone, ops) == ("base", "gateway", "agent", "load_balancer")
+        assert roles_for(alone, GPU) == ("base", "agent", "inference")
 
     def test_every_role_that_ships_has_a_mark(self) -> None:
         assert set(MARKS) == {path.name for path in resource("roles").iterdir()}
@@ -67,11 +74,13 @@ class TestRoles:
 
     @pytest.mark.parametrize(("host", "gone", "first"), [
         (OPS, [], ()),
-        (GPU, lacking("base", "agent", "inference"), ("base", "agent", "inference")),
-        (GPU, lacking("agent"), ("base", "agent", "inference")),
+        (GPU, lacking("base", "agent", "inference"), ("base", "agent", "node_exporter", "inference")),
+        (GPU, lacking("agent"), ("base", "agent", "node_exporter", "inference")),
+        (GPU, lacking("node_exporter"), ("node_exporter",)),
         (GPU, lacking("inference"), ("inference",)),
         (OPS, lacking("load_balancer"), ("load_balancer",)),
-        (OPS, ["/etc/opsctl/apt.conf"], ("base", "gateway", "agent", "load_balancer")),
+        (OPS, lacking("monitoring"), ("monitoring",)),
+        (OPS, ["/etc/opsctl/apt.conf"], roles_for(FLEET, OPS)),
     ])
     def test_a_role_whose_mark_lacks_is_a_first_one(self, host: Host, gone: list[str], first: tuple[str, ...]) -> None:
         assert first_roles(FLEET, host, gone) == first
@@ -84,7 +93,7 @@ class TestRoles:
 class TestFirstChanges:
     def test_a_bare_host_is_told_all_of_it(self) -> None:
         changes = first_changes(FLEET, GPU, roles_for(FLEET, GPU), "ann")
-        assert {change.role for change in changes} == {"base", "agent", "inference"}
+        assert {change.role for change in changes} == {"base", "agent", "node_exporter", "inference"}
         names = {name for change in changes for name in change.what}
         assert {"python3-venv", "libgomp1", "opsctl-agent", "/etc/opsctl/apt.conf", "/etc/sudoers.d/opsctl",
                 "/etc/opsctl/instances/chat.0.toml", "/etc/opsctl/instances/chat.1.toml",
@@ -105,8 +114,10 @@ class TestFirstChanges:
     def test_the_gateway_gets_the_bundle_first(self) -> None:
         changes = first_changes(FLEET, OPS, roles_for(FLEET, OPS), "root")
         assert changes[0].what[1] == "/srv/opsctl-gateway/bundle"
-        assert {"nginx-light", "haproxy", "nginx.service", "haproxy.service"} <= {
-            name for change in changes for name in change.what}
+        names = {name for change in changes for name in change.what}
+        assert {"nginx-light", "haproxy", "nginx.service", "haproxy.service", "prometheus-alertmanager.service",
+                "/etc/prometheus/opsctl/rules/gpu.yml"} <= names
+        assert "/etc/prometheus/opsctl/smtp-password" not in names  # no user, no password
 
     @pytest.mark.parametrize("role", MARKS)
     def test_every_task_that_changes_something_is_told_or_known_to_be_needless(self, role: str) -> None:
