@@ -1,0 +1,144 @@
+"""The vendor repository on disk, built once and named by the hash of what decides it.
+
+``/var/cache/opsctl-lab/vendor/<hash>/apt`` is what machines see, ``<hash>/key.asc`` what they trust. The key itself
+lies beside, in ``keys``, so that a machine of yesterday's lab accepts today's repository.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import tomllib
+
+import opsctl.bundle.keys
+import opsctl.bundle.repository
+from opsctl.bundle.closure import CODENAME
+from opsctl.bundle.keys import checking, export_public_key, make_bundle_key, signing
+from opsctl.bundle.process import last_lines, require_program, run
+from opsctl.bundle.repository import COMPONENT, write_repository
+from opsctl.engines.events import Emit, Note, PhaseStarted
+from opsctl.errors import OpsctlError
+from opsctl.lab.state import CACHE_ROOT, locked
+from opsctl.lab.vendor.catalogue import ARCHITECTURE, drivers, packages
+from opsctl.lab.vendor.debs import check_glibc, make_debs
+
+HERE = Path(__file__).resolve().parent
+SIMULATOR = HERE.parent / "gpu"  # the library, the silicon, nvidia-modprobe
+PACKAGES = HERE / "packages.toml"
+COMPILED = {"__pycache__"}
+
+
+@dataclass(frozen=True)
+class Repository:
+    """``path`` is what a source's URI names (``file:`` or a web server's root); ``key`` an armored public key."""
+
+    path: Path
+    key: Path
+
+
+@dataclass(frozen=True)
+class Makers:
+    """What compiles the two programs that a driver version has of its own: version and target -> the file made."""
+
+    library: Callable[[str, Path], Path]
+    modprobe: Callable[[str, Path], Path]
+
+
+def ensure_repository(emit: Emit, *, root: Path = CACHE_ROOT / "vendor", makers: Makers | None = None) -> Repository:
+    """The repository, built now (seconds) if it is not there. Two that build at once build once.
+
+    ``root`` and ``makers`` stand in for the cache and for the simulator's own.
+
+    Raises:
+        OpsctlError: ``lab.vendor_failed``, ``lab.vendor_glibc``: a compiler or dpkg-deb said no, with its last lines.
+        RefusedError: ``bundle.no_program``: dpkg-deb, apt-ftparchive or gpg is not here; the hint names the package.
+    """
+    wanted = root / recipe()
+    repository = Repository(wanted / "apt", wanted / "key.asc")
+    if wanted.is_dir():
+        return repository
+    with locked(root, lambda: emit(Note("another opsctl lab builds the vendor repository; waiting for it"))):
+        if wanted.is_dir():
+            return repository
+        for leftover in root.glob(".building-*"):
+            shutil.rmtree(leftover)
+        emit(PhaseStarted("Vendor repository: driver packages, built once (seconds)"))
+        with tempfile.TemporaryDirectory(dir=root, prefix=".building-") as scratch:
+            _build(Path(scratch), root / "keys", makers or _simulator(), emit)
+            (Path(scratch) / "done").rename(wanted)
+    return repository
+
+
+def recipe() -> str:
+    """Hash of everything that decides what is in the repository: this folder, the simulator, the way to an index."""
+    sources = [*_sources(HERE), *_sources(SIMULATOR), Path(opsctl.bundle.repository.__file__),
+               Path(opsctl.bundle.keys.__file__)]
+    parts = {"machine": os.uname().machine,
+             "files": [[str(path.relative_to(HERE.parents[1])), hashlib.sha256(path.read_bytes()).hexdigest()]
+                       for path in sources]}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def sources_file(uri: str, signed_by: str) -> str:
+    """The text of the ``.sources`` file (deb822) of a machine that uses the repository.
+
+    Args:
+        uri: ``file:/srv/vendor`` or ``http://ops-1/vendor``, the folder with ``dists`` in it.
+        signed_by: where the machine has the public key; an armored one's name must end in ``.asc``.
+    """
+    return (f"Types: deb\nURIs: {uri}\nSuites: {CODENAME}\nComponents: {COMPONENT}\nArchitectures: {ARCHITECTURE}\n"
+            f"Signed-By: {signed_by}\n")
+
+
+def compile_modprobe(_version: str, out: Path) -> Path:
+    """nvidia-modprobe from the simulator's C; the same for every driver version.
+
+    Raises:
+        OpsctlError: ``lab.vendor_failed`` with the compiler's last lines.
+    """
+    compiler = require_program("cc", "gcc libc6-dev", "it makes the lab's nvidia-modprobe")
+    done = run([compiler, "-O2", "-Wall", "-o", str(out), str(SIMULATOR / "modprobe.c")])
+    if done.returncode:
+        raise OpsctlError("lab.vendor_failed", "the lab's nvidia-modprobe does not compile.",
+                          log_tail=last_lines(done.stderr))
+    return out
+
+
+def _build(scratch: Path, keys: Path, makers: Makers, emit: Emit) -> None:
+    """Makes all of it in ``scratch``; what is to stay lies in ``scratch/done``."""
+    document = tomllib.loads(PACKAGES.read_text(encoding="utf-8"))
+    programs = scratch / "programs"
+    built: dict[str, dict[str, Path]] = {}
+    for version in drivers(document):
+        (programs / version).mkdir(parents=True)
+        built[version] = {"library": makers.library(version, programs / version / f"libnvidia-ml.so.{version}"),
+                          "modprobe": makers.modprobe(version, programs / version / "nvidia-modprobe")}
+        for program in built[version].values():
+            check_glibc(program)
+    closure = make_debs(packages(document), built, scratch / "trees", scratch / "debs", emit)
+    done = scratch / "done"
+    done.mkdir(mode=0o755)
+    make_bundle_key(keys / "vendor", keys / "vendor.asc")
+    (done / "key.asc").write_bytes(export_public_key(keys / "vendor"))
+    with signing(keys / "vendor") as signer, checking(done / "key.asc") as checker:
+        write_repository(done / "apt", closure, signer, previous=scratch / "none", checker=checker)
+    for directory, _, files in os.walk(done):
+        for path in (Path(directory), *(Path(directory) / name for name in files)):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # apt's own user reads it, whatever the umask
+
+
+def _simulator() -> Makers:
+    library = importlib.import_module("opsctl.lab.gpu.library")
+    return Makers(library.build, compile_modprobe)
+
+
+def _sources(folder: Path) -> Iterable[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not COMPILED & set(path.parts))
