@@ -40,7 +40,7 @@ def compiled(text: str, out: Path, *options: str) -> Path:
 
 
 MAKERS = Makers(library=lambda version, out: compiled(LIBRARY.format(version=version), out, "-shared", "-fPIC"),
-                modprobe=lambda _, out: compiled(PROGRAM, out))
+                modprobe=lambda out: compiled(PROGRAM, out))
 
 
 def build(root: Path, emit: Emit = discard, makers: Makers = MAKERS) -> Repository:

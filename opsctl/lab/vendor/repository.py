@@ -22,10 +22,8 @@ import opsctl.bundle.keys
 import opsctl.bundle.repository
 from opsctl.bundle.closure import CODENAME
 from opsctl.bundle.keys import checking, export_public_key, make_bundle_key, signing
-from opsctl.bundle.process import last_lines, require_program, run
 from opsctl.bundle.repository import COMPONENT, write_repository
 from opsctl.engines.events import Emit, Note, PhaseStarted
-from opsctl.errors import OpsctlError
 from opsctl.lab.state import CACHE_ROOT, locked
 from opsctl.lab.vendor.catalogue import ARCHITECTURE, drivers, packages
 from opsctl.lab.vendor.debs import check_glibc, make_debs
@@ -46,10 +44,10 @@ class Repository:
 
 @dataclass(frozen=True)
 class Makers:
-    """What compiles the two programs that a driver version has of its own: version and target -> the file made."""
+    """What compiles the simulator's two programs and returns the file made."""
 
-    library: Callable[[str, Path], Path]
-    modprobe: Callable[[str, Path], Path]
+    library: Callable[[str, Path], Path]  # driver version, target
+    modprobe: Callable[[Path], Path]  # target; the same for every driver version
 
 
 def ensure_repository(emit: Emit, *, root: Path = CACHE_ROOT / "vendor", makers: Makers | None = None) -> Repository:
@@ -58,8 +56,10 @@ def ensure_repository(emit: Emit, *, root: Path = CACHE_ROOT / "vendor", makers:
     ``root`` and ``makers`` stand in for the cache and for the simulator's own.
 
     Raises:
-        OpsctlError: ``lab.vendor_failed``, ``lab.vendor_glibc``: a compiler or dpkg-deb said no, with its last lines.
-        RefusedError: ``bundle.no_program``: dpkg-deb, apt-ftparchive or gpg is not here; the hint names the package.
+        OpsctlError: ``lab.vendor_failed``, ``lab.vendor_glibc``, ``lab.command_failed``: dpkg-deb or the compiler
+            said no.
+        RefusedError: ``bundle.no_program``, ``lab.missing``: dpkg-deb, apt-ftparchive, gpg or gcc is not here; the hint
+            names the package.
     """
     wanted = root / recipe()
     repository = Repository(wanted / "apt", wanted / "key.asc")
@@ -98,31 +98,19 @@ def sources_file(uri: str, signed_by: str) -> str:
             f"Signed-By: {signed_by}\n")
 
 
-def compile_modprobe(_version: str, out: Path) -> Path:
-    """nvidia-modprobe from the simulator's C; the same for every driver version.
-
-    Raises:
-        OpsctlError: ``lab.vendor_failed`` with the compiler's last lines.
-    """
-    compiler = require_program("cc", "gcc libc6-dev", "it makes the lab's nvidia-modprobe")
-    done = run([compiler, "-O2", "-Wall", "-o", str(out), str(SIMULATOR / "modprobe.c")])
-    if done.returncode:
-        raise OpsctlError("lab.vendor_failed", "the lab's nvidia-modprobe does not compile.",
-                          log_tail=last_lines(done.stderr))
-    return out
-
-
 def _build(scratch: Path, keys: Path, makers: Makers, emit: Emit) -> None:
     """Makes all of it in ``scratch``; what is to stay lies in ``scratch/done``."""
     document = tomllib.loads(PACKAGES.read_text(encoding="utf-8"))
     programs = scratch / "programs"
+    programs.mkdir()
+    modprobe = makers.modprobe(programs / "nvidia-modprobe")
+    check_glibc(modprobe)
     built: dict[str, dict[str, Path]] = {}
     for version in drivers(document):
-        (programs / version).mkdir(parents=True)
+        (programs / version).mkdir()
         built[version] = {"library": makers.library(version, programs / version / f"libnvidia-ml.so.{version}"),
-                          "modprobe": makers.modprobe(version, programs / version / "nvidia-modprobe")}
-        for program in built[version].values():
-            check_glibc(program)
+                          "modprobe": modprobe}
+        check_glibc(built[version]["library"])
     closure = make_debs(packages(document), built, scratch / "trees", scratch / "debs", emit)
     done = scratch / "done"
     done.mkdir(mode=0o755)
@@ -137,7 +125,7 @@ def _build(scratch: Path, keys: Path, makers: Makers, emit: Emit) -> None:
 
 def _simulator() -> Makers:
     library = importlib.import_module("opsctl.lab.gpu.library")
-    return Makers(library.build, compile_modprobe)
+    return Makers(library.build, library.build_modprobe)
 
 
 def _sources(folder: Path) -> Iterable[Path]:

@@ -1,7 +1,7 @@
 #!/usr/bin/python3
-"""nv-fabricmanager of opsctl's lab: serves one driver version exactly, and refuses every other, as the real one does.
+"""nv-fabricmanager of opsctl's lab: for boards with NVSwitches, and for one driver version exactly, as the real one.
 
-Words of the refusal: github.com/NVIDIA/gpu-driver-container, issue 735.
+Words of its refusals: github.com/NVIDIA/gpu-driver-container, issue 735; NVIDIA/gpu-operator, issue 610.
 """
 
 import os
@@ -13,6 +13,8 @@ from pathlib import Path
 
 VERSION = "@UPSTREAM@"
 LOADED = Path("/proc/driver/nvidia/version")
+DEVICES = Path("/sys/bus/pci/devices")
+NVIDIA, BRIDGE = "0x10de", "0x0680"  # PCI vendor, and the class of an NVSwitch
 
 
 def loaded_version(text: str) -> str:
@@ -21,19 +23,28 @@ def loaded_version(text: str) -> str:
     return found[1] if found else ""
 
 
-def refusal(loaded: str, own: str) -> str:
+def switches(devices: Path) -> int:
+    """How many NVSwitches are among the PCI devices of a /sys/bus/pci/devices."""
+    found = ((device / "vendor", device / "class") for device in devices.iterdir())
+    return sum(vendor.read_text().strip() == NVIDIA and kind.read_text().startswith(BRIDGE) for vendor, kind in found)
+
+
+def refusal(loaded: str, own: str, nvswitches: int) -> str:
     """Why the fabric manager cannot run with the driver that is loaded; empty when it can."""
     if not loaded:
         return "fabric manager found no NVIDIA driver loaded: /proc/driver/nvidia/version says nothing."
     if loaded != own:
         return (f"fabric manager NVIDIA GPU driver interface version {own} don't match with driver version {loaded}. "
                 "Please update with matching NVIDIA driver package.")
+    if not nvswitches:
+        return ("request to query NVSwitch device information from NVSwitch driver failed with error:WARNING Nothing to do "
+                "[NV_WARN_NOTHING_TO_DO]")
     return ""
 
 
 def main() -> int:
     loaded = loaded_version(LOADED.read_text(encoding="utf-8")) if LOADED.exists() else ""
-    why = refusal(loaded, VERSION)
+    why = refusal(loaded, VERSION, switches(DEVICES))
     if why:
         sys.stderr.write(why + "\n")
         return 1

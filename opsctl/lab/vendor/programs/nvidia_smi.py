@@ -7,6 +7,8 @@ One file, for it is installed as one.
 
 import argparse
 import ctypes
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +19,7 @@ NO_DRIVER, NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND, NO_LIBRARY, NO_FUNCTION, LOS
 BAD_ARGUMENTS = 2
 ABSENT = "[N/A]"
 MEMORY_TEMPERATURE = 82  # NVML_FI_DEV_MEMORY_TEMP, nvml.h
+MODPROBE = "/usr/bin/nvidia-modprobe"
 MIB = 1024 * 1024
 
 
@@ -258,7 +261,7 @@ def table(nvml: Nvml, gpus: list[Gpu]) -> list[str]:
         fan = value(gpu, "fan.speed", units=False)
         ecc = value(gpu, "ecc.errors.uncorrected.volatile.total").strip("[]")
         busy = value(gpu, "utilization.gpu", units=False)
-        lines += [f"|{gpu.index:>4}  {value(gpu, 'name'):<26}{persistence:>7} |   {value(gpu, 'pci.bus_id')} Off |"
+        lines += [f"|{gpu.index:>4}  {value(gpu, 'name'):<26}{persistence:>7}  |   {value(gpu, 'pci.bus_id')} Off |"
                   f" {ecc:>20} |",
                   f"| {'N/A' if fan == ABSENT else fan + '%'}  {_short(gpu, 'temperature.gpu'):>3}C    "
                   f"{value(gpu, 'pstate'):<3}{power:>23} | {memory:>22} | {busy:>6}%      Default |", rule]
@@ -364,6 +367,21 @@ def failure(status: int, words: str) -> str:
     return f"Failed to initialize NVML: {words}{own}"
 
 
+def start(nvml: Nvml) -> None:
+    """Starts NVML; where no driver is loaded yet, nvidia-modprobe loads it first, as NVIDIA's library has it done.
+
+    Raises:
+        NvmlError: it does not start.
+    """
+    try:
+        nvml.call("nvmlInit_v2")
+    except NvmlError as error:
+        loading = error.status == NO_DRIVER and os.access(MODPROBE, os.X_OK)
+        if not loading or subprocess.run([MODPROBE], stderr=subprocess.DEVNULL, check=False).returncode:
+            raise
+        nvml.call("nvmlInit_v2")
+
+
 def main() -> int:
     asked = arguments().parse_args()
 
@@ -380,7 +398,7 @@ def main() -> int:
         say(f"NVIDIA-SMI version  : {VERSION}")
         return 0
     try:
-        nvml.call("nvmlInit_v2")
+        start(nvml)
     except NvmlError as error:
         say(failure(error.status, nvml.words(error.status)))
         return error.status
