@@ -125,7 +125,7 @@ def test_nvidia_smi_shows_a_table_and_the_long_list(place: Path) -> None:
     assert {len(line) for line in lines[1:]} == {91}, shown
     assert "Driver Version: 580.126.09" in lines[2]
     assert "CUDA Version: 13.0" in lines[2]
-    assert "41C    P0           120W / 700W |     512MiB / 143771MiB |      7%" in shown
+    assert "41C    P0             120W / 700W |     512MiB / 143771MiB |      7%" in shown
     status, shown = nvidia_smi(place, "-q")
     assert status == 0
     assert "Attached GPUs                             : 2" in shown

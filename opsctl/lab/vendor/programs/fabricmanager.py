@@ -37,8 +37,8 @@ def refusal(loaded: str, own: str, nvswitches: int) -> str:
         return (f"fabric manager NVIDIA GPU driver interface version {own} don't match with driver version {loaded}. "
                 "Please update with matching NVIDIA driver package.")
     if not nvswitches:
-        return ("request to query NVSwitch device information from NVSwitch driver failed with error:WARNING Nothing to do "
-                "[NV_WARN_NOTHING_TO_DO]")
+        return ("request to query NVSwitch device information from NVSwitch driver failed with error:"
+                "WARNING Nothing to do [NV_WARN_NOTHING_TO_DO]")
     return ""
 
 
