@@ -87,6 +87,8 @@ TRANSACTIONS = (
                 ("install", *DRIVER, "nvidia-modprobe"), all_at(NEWEST, [*STACK, FABRIC])),
     Transaction("the fabric manager does not go alone", of(OLD, [*STACK, FABRIC]),
                 ("install", f"{FABRIC}={NEWER}-1+lab"), None, "held broken packages"),
+    Transaction("the kernel module does not go alone", of(OLD), ("install", f"{OPEN}={NEWER}-1+lab"), None,
+                "held broken packages"),
     Transaction("another flavour replaces the one that is there", of(OLD), ("install", *of(OLD, [PROPRIETARY])),
                 {PROPRIETARY: OLD}, removes=(OPEN,)),
     Transaction("both flavours exclude each other", (), ("install", *of(OLD, [*STACK, PROPRIETARY])), None,

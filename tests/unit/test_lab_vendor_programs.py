@@ -194,6 +194,9 @@ def test_a_daemon_tells_systemd_that_it_is_ready_and_ends_when_told(place: Path,
         systemd.settimeout(20)
         with subprocess.Popen([sys.executable, program], stderr=subprocess.DEVNULL,
                               env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}) as daemon:
-            assert systemd.recv(100) == b"READY=1"
-            daemon.send_signal(signal.SIGTERM)
-            assert daemon.wait(20) == 0
+            try:
+                assert systemd.recv(100) == b"READY=1"
+                daemon.send_signal(signal.SIGTERM)
+                assert daemon.wait(20) == 0
+            finally:
+                daemon.kill()
