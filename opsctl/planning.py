@@ -24,6 +24,7 @@ State = Literal["fresh", "provisioned", "unreachable"]
 MARKS = {
     "base": ("/etc/opsctl", "/var/lib/opsctl"),
     "gateway": ("/usr/sbin/nginx", "/srv/opsctl-gateway/bundle/SHA256SUMS"),
+    "nvidia_driver": ("/etc/opsctl/driver.json", "/usr/local/lib/opsctl/driver-transaction"),
     "agent": ("/etc/systemd/system/opsctl-agent.service", "/etc/opsctl/agent.toml"),
     "load_balancer": ("/usr/sbin/haproxy", "/usr/local/lib/opsctl/haproxy-state"),
     "inference": ("/etc/systemd/system/inference@.service",),
@@ -94,8 +95,9 @@ def roles_for(fleet: Fleet, host: Host) -> tuple[str, ...]:
     """The roles of a host, in the order in which a provision comes to them."""
     serves = "gpu" in host.groups or any(placement.host == host.name for placement in place(fleet))
     balances = fleet.load_balancer == "haproxy" and "lb" in host.groups
-    has = {"base": True, "gateway": gateway(fleet).name == host.name, "agent": True, "load_balancer": balances,
-           "inference": serves}
+    has = {"base": True, "gateway": gateway(fleet).name == host.name,
+           "nvidia_driver": bool(host.variables.get("nvidia_driver_version")), "agent": True,
+           "load_balancer": balances, "inference": serves}
     return tuple(role for role, wanted in has.items() if wanted)
 
 
