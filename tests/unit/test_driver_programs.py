@@ -1,0 +1,270 @@
+"""What the role nvidia_driver runs on hosts, on recorded outputs and on a real apt that only simulates."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from rendering import render
+
+from opsctl.resources import resource
+
+FILES = resource("roles") / "nvidia_driver" / "files"
+VERSION = """\
+NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.126.09  Release Build  (dvs-builder@U22)
+GCC version:  gcc version 12.2.0 (Debian 12.2.0-14+deb12u1)
+"""
+
+
+def program(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, FILES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pci(root: Path, address: str, vendor: str, kind: str, device: str) -> None:
+    (root / address).mkdir(parents=True)
+    for name, value in (("vendor", vendor), ("class", kind), ("device", device)):
+        (root / address / name).write_text(f"{value}\n")
+
+
+class TestFacts:
+    facts = program("driver_facts")
+
+    def test_gpus_in_pci_order_and_switches(self, tmp_path: Path) -> None:
+        pci(tmp_path, "0000:3b:00.0", "0x10de", "0x030200", "0x26b9")
+        pci(tmp_path, "0000:1a:00.0", "0x10de", "0x030200", "0x2335")
+        pci(tmp_path, "0000:0a:00.0", "0x10de", "0x068000", "0x22a3")
+        pci(tmp_path, "0000:3b:00.1", "0x10de", "0x040300", "0x22ba")  # a GPU's audio device is none
+        pci(tmp_path, "0000:00:02.0", "0x8086", "0x030000", "0x46a6")
+        assert self.facts.pci_devices(tmp_path) == (["2335", "26b9"], 1)
+        assert self.facts.pci_devices(tmp_path / "none") == ([], 0)
+
+    def test_packages_by_their_states(self) -> None:
+        listed = ("nvidia-driver-cuda\t580.126.09-1+lab\thold\tinstalled\n"
+                  "nvidia-old\t550.1.1-1\tdeinstall\tconfig-files\n"
+                  "nvidia-kernel-open-dkms\t580.126.09-1+lab\thold\thalf-configured\nlibcuda1\t\tunknown\tnot-installed\n")
+        assert self.facts.packages(listed) == (
+            {"nvidia-driver-cuda": "580.126.09-1+lab", "nvidia-kernel-open-dkms": "half-configured"},
+            ["nvidia-driver-cuda", "nvidia-kernel-open-dkms"])
+
+    @pytest.mark.parametrize(("text", "version"), [
+        (VERSION, "580.126.09"),
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.309.01  Mon Aug 3\n", "535.309.01"),
+        ("", "")])
+    def test_the_loaded_version(self, text: str, version: str) -> None:
+        assert self.facts.loaded_version(text) == version
+
+    def test_who_holds_dpkgs_lock_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        lock = tmp_path / "lock"
+        lock.touch()
+        monkeypatch.setattr(self.facts, "LOCKS", (str(lock),))
+        assert self.facts.dpkg_holder() == ""
+        holding = ("import fcntl, struct, sys; file = open(sys.argv[1], 'r+b'); "
+                   "fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()")
+        with subprocess.Popen([sys.executable, "-c", holding, lock], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE) as other:
+            assert other.stdout is not None and other.stdout.readline() == b"held\n"
+            said = self.facts.dpkg_holder()
+            other.communicate()
+        assert f"(pid {other.pid}" in said
+
+    @pytest.mark.skipif(shutil.which("dpkg-query") is None, reason="not a Debian")
+    def test_a_question_the_decision_understands(self) -> None:
+        """Both programs for real, on this machine, which has no GPU or one: an answer in any case."""
+        done = subprocess.run([sys.executable, "-"], input=(FILES / "driver_facts.py").read_text(), text=True,
+                              capture_output=True, check=True)
+        names = {"exact": ["a"], "open": ["b"], "proprietary": ["c"], "fabric": ["d"], "own": []}
+        wish = {"host": "here", "version": "580.126.09", "flavour": "", "fabric_manager": "auto", "gpu_model": ""}
+        asked = {"wish": wish, "names": names, "index": "/nowhere", **json.loads(done.stdout)}
+        answered = subprocess.run([sys.executable, "-m", "opsctl.stack"], input=json.dumps(asked), text=True,
+                                  capture_output=True, check=True)
+        assert json.loads(answered.stdout)["code"].startswith("driver.no_")
+
+
+SIMULATED = """\
+Reading package lists...
+Remv nvidia-driver-pinning-595.71.05 [595.71.05-1+lab]
+Inst nvidia-driver-pinning-580.126.09 (580.126.09-1+lab opsctl:bookworm [amd64])
+Conf nvidia-driver-pinning-580.126.09 (580.126.09-1+lab opsctl:bookworm [amd64])
+"""
+DRIVER = {"what": "driver", "install": ["nvidia-driver-cuda=580.126.09-1", "linux-headers-amd64"], "remove": ["old1"]}
+
+
+class TestTransaction:
+    transaction = program("driver_transaction")
+
+    def test_the_swap_of_pins_is_what_was_asked_for(self) -> None:
+        swap = {"what": "pin", "install": ["nvidia-driver-pinning-580.126.09"],
+                "remove": ["nvidia-driver-pinning-595.71.05"]}
+        assert self.transaction.refusal(swap, SIMULATED) == ""
+        assert self.transaction.packages_of(swap) == ["nvidia-driver-pinning-580.126.09",
+                                                      "nvidia-driver-pinning-595.71.05-"]
+
+    @pytest.mark.parametrize(("output", "named"), [
+        ("Remv haproxy [2.6]\n", "remove haproxy"),
+        ("Inst linux-image-6.1.0-56-amd64 (6.1.1 x [amd64])\n", "linux-image-6.1.0-56-amd64"),
+        ("Inst firmware-misc-nonfree [1] (2 x [all])\n", "firmware-misc-nonfree"),
+        ("Inst grub-common:amd64 [1] (2 x [all])\n", "grub-common")])
+    def test_more_than_was_asked_for_is_refused(self, output: str, named: str) -> None:
+        assert named in self.transaction.refusal(DRIVER, output)
+
+    @pytest.mark.parametrize("output", [
+        "Inst nvidia-driver-cuda (580.126.09-1 x [amd64])\nInst linux-headers-6.1.0-56-amd64 (6 x [amd64])\n",
+        "Remv old1 [1]\n", "Inst dkms (3 x [all])\nInst gcc-12 (12 x [amd64])\n", ""])
+    def test_what_a_driver_needs_is_let_in(self, output: str) -> None:
+        assert self.transaction.refusal(DRIVER, output) == ""
+
+    def test_nothing_comes_with_a_pin(self) -> None:
+        swap = {"what": "pin", "install": ["pin"], "remove": []}
+        output = "Inst pin (1 x [all])\nInst nvidia-driver-cuda (1)\n"
+        assert "nvidia-driver-cuda" in self.transaction.refusal(swap, output)
+
+    def test_modules_go_before_those_they_rest_on(self) -> None:
+        text = "nvidia 1 2 nvidia_uvm, Live\nnvidia_uvm 1 0 - Live\nnvidia_wmi_ec_backlight 1 0\next4 1 0\n"
+        assert self.transaction.loaded_modules(text) == ["nvidia_uvm", "nvidia"]
+
+    def test_the_module_in_the_kernel_is_compared_whole(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "version").write_text(VERSION)
+        monkeypatch.setattr(self.transaction, "LOADED", tmp_path / "version")
+        assert self.transaction.is_loaded("580.126.09")
+        assert not self.transaction.is_loaded("580.126")
+        monkeypatch.setattr(self.transaction, "LOADED", tmp_path / "none")
+        assert not self.transaction.is_loaded("580.126.09")
+
+    def test_a_refused_simulation_begins_nothing(self, tmp_path: Path) -> None:
+        """The program itself, with stand-ins for the system's own: apt would remove something."""
+        log = tmp_path / "log"
+        for name, body in (("dpkg", ""), ("apt-mark", ""), ("apt-get", "echo 'Remv haproxy [2.6]'")):
+            (tmp_path / name).write_text(f"#!/bin/sh\necho {name} \"$@\" >> {log}\n{body}\n")
+            (tmp_path / name).chmod(0o755)
+        asked = {"transactions": [DRIVER], "hold": ["nvidia-driver-cuda"], "load": ""}
+        done = subprocess.run([sys.executable, FILES / "driver_transaction.py", json.dumps(asked)], text=True,
+                              capture_output=True, check=False, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+        assert done.returncode == 1
+        assert "driver: apt would remove haproxy" in done.stdout
+        called = log.read_text().splitlines()
+        assert [line.split()[0] for line in called] == ["dpkg", "apt-get"]
+        assert called[1].startswith("apt-get -s ")
+
+
+WANTED = {"version": "580.126.09", "fabric_manager": True, "gpu_uuids": ["GPU-a", "GPU-b"]}
+RIGHT = {"loaded": "580.126.09", "module": "580.126.09", "library": "580.126.09", "fabric_manager": "580.126.09",
+         "fabric_unit": "active"}
+
+
+class TestLayers:
+    layers = program("driver_layers")
+
+    def test_all_is_well(self) -> None:
+        assert self.layers.judge(WANTED, RIGHT, ["GPU-a", "GPU-b", "GPU-c"]) == []
+        pcie = {**WANTED, "fabric_manager": False}
+        none = {**RIGHT, "fabric_manager": "", "fabric_unit": "inactive"}
+        assert self.layers.judge(pcie, none, ["GPU-a", "GPU-b"]) == []
+
+    @pytest.mark.parametrize(("differs", "uuids", "named"), [
+        ({"loaded": "595.71.05"}, None, "the module in the kernel is 595.71.05"),
+        ({"module": ""}, None, "the module on disk is not there"),
+        ({"library": "595.71.05"}, None, "the library is 595.71.05"),
+        ({"fabric_manager": "580.159.04"}, None, "the fabric manager is 580.159.04"),
+        ({"fabric_unit": "failed"}, None, "nvidia-fabricmanager.service is failed"),
+        ({}, ["GPU-b"], "1 of the 2 GPUs in gpu_uuids are missing: GPU-a")])
+    def test_each_layer_is_named(self, differs: dict[str, str], uuids: list[str] | None, named: str) -> None:
+        wrong = self.layers.judge(WANTED, {**RIGHT, **differs}, uuids or ["GPU-a", "GPU-b"])
+        assert len(wrong) == 1
+        assert named in wrong[0]
+
+    def test_a_fabric_manager_where_there_is_no_fabric(self) -> None:
+        assert "no NVSwitches" in self.layers.judge({**WANTED, "fabric_manager": False}, RIGHT, ["GPU-a", "GPU-b"])[0]
+
+    def test_gpus_in_pci_order(self) -> None:
+        csv = "580.126.09, 00000000:3B:00.0, GPU-b\n580.126.09, 00000000:1A:00.0, GPU-a\n"
+        assert [uuid for _, _, uuid in self.layers.gpus_of(csv)] == ["GPU-a", "GPU-b"]
+
+    def test_a_machine_without_any_of_it_is_told_in_full(self) -> None:
+        done = subprocess.run([sys.executable, "-", json.dumps(WANTED)], text=True, capture_output=True, check=True,
+                              input=(FILES / "driver_layers.py").read_text(), env={"PATH": "/nowhere"})
+        wrong = json.loads(done.stdout)["wrong"]
+        assert "the library is not there where 580.126.09 is wanted" in wrong
+        assert wrong[-1] == "nvidia-smi says: nothing"
+
+
+def test_unattended_upgrades_are_kept_away() -> None:
+    known = yaml.safe_load((FILES.parent / "vars/main.yml").read_text())["nvidia_driver_not_unattended"]
+    text = render("roles/nvidia_driver/templates/51opsctl-nvidia.j2", nvidia_driver_not_unattended=known)
+    assert '  "nvidia-";\n  "libnvidia-";\n' in text
+    if shutil.which("apt-config"):
+        done = subprocess.run(["apt-config", "-c", "/dev/stdin", "dump", "Unattended-Upgrade"], input=text, text=True,
+                              capture_output=True, check=True)
+        assert done.stdout.count("Package-Blacklist:: ") == len(known)
+
+
+PLAY = """\
+- hosts: here
+  gather_facts: false
+  tasks:
+    - ansible.builtin.setup: {{gather_subset: ["!all"]}}
+    - ansible.builtin.include_role: {{name: nvidia_driver, tasks_from: {entry}}}
+"""
+INDEX = """\
+Package: nvidia-driver-pinning-580.126.09
+Version: 580.126.09-1
+
+""" + "\n".join(f"Package: {name}\nVersion: 580.126.09-1\n" for name in (
+    "nvidia-driver-cuda", "nvidia-modprobe", "nvidia-persistenced", "nvidia-kernel-open-dkms", "nvidia-fabricmanager"))
+
+
+@pytest.fixture
+def role(tmp_path: Path) -> Path:
+    """The role beside a PCI bus of its own, a bundle's index, and a systemd that knows no unit."""
+    shutil.copytree(resource("roles"), tmp_path / "roles")
+    facts = tmp_path / "roles/nvidia_driver/files/driver_facts.py"
+    text = facts.read_text().replace('"/sys/bus/pci/devices"', repr(str(tmp_path / "pci")))
+    facts.write_text(text.replace("LOCKS = (", "LOCKS = () and ("))
+    (tmp_path / "apt/dists/s/main/binary-amd64").mkdir(parents=True)
+    (tmp_path / "apt/dists/s/main/binary-amd64/Packages").write_text(INDEX)
+    (tmp_path / "inventory.ini").write_text("here ansible_connection=local nvidia_driver_version=580.126.09\n")
+    (tmp_path / "ansible.cfg").write_text(f"[defaults]\nroles_path=roles\ninterpreter_python={sys.executable}\n")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/systemctl").write_text(
+        "#!/bin/sh\ncase \"$*\" in *LoadState*) echo not-found;; *ActiveState*) echo inactive;; esac\n")
+    (tmp_path / "bin/systemctl").chmod(0o755)
+    return tmp_path
+
+
+def play(role: Path, entry: str, *options: str) -> subprocess.CompletedProcess[str]:
+    (role / "play.yml").write_text(PLAY.format(entry=entry))
+    given = {"nvidia_driver_package_source": "gateway", "nvidia_driver_bundle": str(role), "nvidia_driver_suite": "s",
+             "nvidia_driver_own": []}
+    environment = {**os.environ, "ANSIBLE_HOME": str(role / "home"), "LC_ALL": "C.UTF-8", "ANSIBLE_NOCOLOR": "1",
+                   "PATH": f"{role}/bin:{os.environ['PATH']}"}
+    return subprocess.run([Path(sys.executable).parent / "ansible-playbook", "-i", "inventory.ini", "play.yml",
+                           "--extra-vars", json.dumps(given), *options], cwd=role, text=True, capture_output=True,
+                          check=False, env=environment)
+
+
+def test_the_preflight_says_why_in_one_sentence(role: Path) -> None:
+    done = play(role, "preflight")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "here has nvidia_driver_version=580.126.09, and there is no NVIDIA GPU on its PCI bus" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("dpkg-query") is None or Path("/proc/driver/nvidia/version").exists(),
+                    reason="not a Debian, or a machine with a driver of its own")
+def test_check_mode_tells_the_course_and_touches_nothing(role: Path) -> None:
+    pci(role / "pci", "0000:1a:00.0", "0x10de", "0x030200", "0x2335")
+    done = play(role, "main", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '"nvidia-fabricmanager=580.126.09-1"' in done.stdout
+    assert "failed=0" in done.stdout
+    assert not Path("/etc/opsctl/driver.json").exists()
