@@ -76,7 +76,10 @@ def reload_module(version: str) -> None:
     for unit in active:
         run(["systemctl", "stop", unit])
     old = loaded_modules(Path("/proc/modules").read_text())
-    unloaded = not old or run(["modprobe", "-r", *old], may_fail=True) == 0
+    if old:
+        unloaded = run(["modprobe", "-r", *old], may_fail=True) == 0
+    else:  # a driver that is no module of this kernel is a lab's, and its own tool takes it away
+        unloaded = not LOADED.exists() or run(["nvidia-modprobe", "-r"], may_fail=True) == 0
     if unloaded:
         run(["nvidia-modprobe"], may_fail=True)
     for unit in reversed(active):  # also when it takes a reboot: who reboots may be a person, later
