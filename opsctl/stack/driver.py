@@ -3,7 +3,7 @@
 The pinning package goes first and alone, because apt reads preferences when it starts: pin and driver in one
 transaction install the newest driver under the older one's pin (measured). Then every member of the driver's family
 with its exact version, because apt takes the newest of each dependency otherwise, and every held package by its name,
-because apt leaves holds alone that are not named. Holds come last.
+because apt changes no held package that is not named; it takes the holds off as it does. Holds come last.
 """
 
 from __future__ import annotations
@@ -149,8 +149,8 @@ def course(want: Desired, seen: Seen, index: Index) -> Course:
     if gone or own or any(installed.get(name) != version for name, version in packages.items()):
         exact = tuple(f"{name}={version}" for name, version in packages.items())
         transactions.append(Transaction("driver", (*exact, *own), gone))
-    wanted_holds = (want.pin, *packages)
-    hold = tuple(name for name in wanted_holds if name not in seen.held)
+    # apt takes the hold off each held package that it is told to change (seen on apt 2.6), so all are held anew.
+    hold = tuple(name for name in (want.pin, *packages) if transactions or name not in seen.held)
     return Course(change_of(want, installed, bool(transactions or hold)), tuple(transactions), hold,
                   seen.loaded != want.version)
 

@@ -142,20 +142,23 @@ class TestTransaction:
         monkeypatch.setattr(self.transaction, "LOADED", tmp_path / "none")
         assert not self.transaction.is_loaded("580.126.09")
 
-    def test_a_refused_simulation_begins_nothing(self, tmp_path: Path) -> None:
-        """The program itself, with stand-ins for the system's own: apt would remove something."""
-        log = tmp_path / "log"
-        for name, body in (("dpkg", ""), ("apt-mark", ""), ("apt-get", "echo 'Remv haproxy [2.6]'")):
-            (tmp_path / name).write_text(f"#!/bin/sh\necho {name} \"$@\" >> {log}\n{body}\n")
+    @pytest.mark.parametrize(("apt", "status", "said", "called"), [
+        ("echo 'Remv haproxy [2.6]'", 1, "driver: apt would remove haproxy", ["dpkg --configure", "apt-get -s"]),
+        ("[ $1 = -s ] || exit 100", 1, "apt-get failed with exit status 100",
+         ["dpkg --configure", "apt-get -s", "apt-get -y", "apt-mark hold"]),
+        ("exit 100", 1, "driver: apt cannot do it", ["dpkg --configure", "apt-get -s"]),
+        ("", 0, "", ["dpkg --configure", "apt-get -s", "apt-get -y", "apt-mark hold"])])
+    def test_what_is_run(self, tmp_path: Path, apt: str, status: int, said: str, called: list[str]) -> None:
+        """The program itself, with stand-ins for the system's own."""
+        for name, body in (("dpkg", ""), ("apt-mark", ""), ("apt-get", apt)):
+            (tmp_path / name).write_text(f"#!/bin/sh\necho {name} \"$@\" >> {tmp_path}/log\n{body}\n")
             (tmp_path / name).chmod(0o755)
         asked = {"transactions": [DRIVER], "hold": ["nvidia-driver-cuda"], "load": ""}
         done = subprocess.run([sys.executable, FILES / "driver_transaction.py", json.dumps(asked)], text=True,
                               capture_output=True, check=False, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
-        assert done.returncode == 1
-        assert "driver: apt would remove haproxy" in done.stdout
-        called = log.read_text().splitlines()
-        assert [line.split()[0] for line in called] == ["dpkg", "apt-get"]
-        assert called[1].startswith("apt-get -s ")
+        assert done.returncode == status
+        assert said in done.stdout
+        assert [" ".join(line.split()[:2]) for line in (tmp_path / "log").read_text().splitlines()] == called
 
 
 WANTED = {"version": "580.126.09", "fabric_manager": True, "gpu_uuids": ["GPU-a", "GPU-b"]}

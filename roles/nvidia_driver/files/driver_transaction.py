@@ -103,7 +103,7 @@ def main() -> int:
     os.environ.update({"DEBIAN_FRONTEND": "noninteractive", "NEEDRESTART_SUSPEND": "1", "LC_ALL": "C.UTF-8"})
     try:
         if wanted["transactions"]:
-            run(["dpkg", "--configure", "-a"])  # what a power cut left half done
+            run(["dpkg", "--configure", "-a"], may_fail=True)  # a power cut's; a module that does not build stays so
         for transaction in wanted["transactions"]:
             argv = [*APT, "install", "--", *packages_of(transaction)]
             say("+ apt-get -s: " + " ".join(packages_of(transaction)))
@@ -120,6 +120,8 @@ def main() -> int:
             reload_module(wanted["load"])
     except subprocess.CalledProcessError as error:
         say(f"{error.cmd[0]} failed with exit status {error.returncode}")
+        if wanted["hold"]:  # half of a driver is nobody else's business either
+            run(["apt-mark", "hold", *wanted["hold"]], may_fail=True)
         return 1
     return 0
 
