@@ -61,7 +61,7 @@ def loaded_version(text: str) -> str:
 
 def dpkg_holder() -> str:
     """Who works with dpkg, ``apt-get (pid 7, apt-daily.service)``; empty: nobody, or the change of a driver of ours."""
-    for lock in LOCKS:
+    for lock in (name for name in LOCKS if Path(name).exists()):
         with Path(lock).open("rb") as file:
             asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
             kind, _, _, _, pid = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
