@@ -49,15 +49,13 @@ def drivers_of_inventory(inventory: Path, names: Names) -> tuple[WantedDriver, .
 
 def download_drivers(wanted: Sequence[WantedDriver], names: Names, fleet_directory: Path, emit: Emit
                      ) -> tuple[Closure, ...]:
-    """The drivers with all they depend on, on disk and with the digests that the signed indexes name.
+    """The drivers, one or more, with all they depend on, on disk and with the digests that the signed indexes name.
 
     Raises:
         ConfigurationError: a source in ``sources.d`` is unsigned or malformed.
         RefusedError: there is none (``bundle.no_vendor_source``), or it does not have a version
             (``bundle.no_such_driver``); and what ``download_closure`` raises.
     """
-    if not wanted:
-        return ()
     vendors = read_vendor_sources(fleet_directory)
     if not vendors:
         raise RefusedError("bundle.no_vendor_source", f"{wanted[0].hosts[0]} names the driver {wanted[0].version}, and "

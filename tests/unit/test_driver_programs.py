@@ -42,12 +42,12 @@ class TestFacts:
     facts = program("driver_facts")
 
     def test_gpus_in_pci_order_and_switches(self, tmp_path: Path) -> None:
-        pci(tmp_path, "0000:3b:00.0", "0x10de", "0x030200", "0x26b9")
-        pci(tmp_path, "0000:1a:00.0", "0x10de", "0x030200", "0x2335")
+        for bus in ("3b", "1a", "9c", "5d", "bb", "4f"):
+            pci(tmp_path, f"0000:{bus}:00.0", "0x10de", "0x030200", f"0x20{bus}")
         pci(tmp_path, "0000:0a:00.0", "0x10de", "0x068000", "0x22a3")
         pci(tmp_path, "0000:3b:00.1", "0x10de", "0x040300", "0x22ba")  # a GPU's audio device is none
         pci(tmp_path, "0000:00:02.0", "0x8086", "0x030000", "0x46a6")
-        assert self.facts.pci_devices(tmp_path) == (["2335", "26b9"], 1)
+        assert self.facts.pci_devices(tmp_path) == (["201a", "203b", "204f", "205d", "209c", "20bb"], 1)
         assert self.facts.pci_devices(tmp_path / "none") == ([], 0)
 
     def test_packages_by_their_states(self) -> None:
@@ -125,6 +125,10 @@ class TestTransaction:
     def test_what_a_driver_needs_is_let_in(self, output: str) -> None:
         assert self.transaction.refusal(DRIVER, output) == ""
 
+    def test_what_goes_to_come_back_in_another_version_is_not_removed(self) -> None:
+        output = "Remv libcuda1 [595.71.05-1]\nInst libcuda1 [595.71.05-1] (580.126.09-1 x [amd64])\n"
+        assert self.transaction.simulated(output) == ({"libcuda1"}, set())
+
     def test_nothing_comes_with_a_pin(self) -> None:
         swap = {"what": "pin", "install": ["pin"], "remove": []}
         output = "Inst pin (1 x [all])\nInst nvidia-driver-cuda (1)\n"
@@ -191,8 +195,8 @@ class TestLayers:
         assert "no NVSwitches" in self.layers.judge({**WANTED, "fabric_manager": False}, RIGHT, ["GPU-a", "GPU-b"])[0]
 
     def test_gpus_in_pci_order(self) -> None:
-        csv = "580.126.09, 00000000:3B:00.0, GPU-b\n580.126.09, 00000000:1A:00.0, GPU-a\n"
-        assert [uuid for _, _, uuid in self.layers.gpus_of(csv)] == ["GPU-a", "GPU-b"]
+        csv = "580.126.09, 00000000:3B:00.0, GPU-a\n580.126.09, 00000000:1A:00.0, GPU-b\n"
+        assert [uuid for _, _, uuid in self.layers.gpus_of(csv)] == ["GPU-b", "GPU-a"]
 
     def test_a_machine_without_any_of_it_is_told_in_full(self) -> None:
         done = subprocess.run([sys.executable, "-", json.dumps(WANTED)], text=True, capture_output=True, check=True,

@@ -33,7 +33,7 @@ def vendor(*drivers: str) -> str:
         version = f"{driver}-1+lab"
         module = f"nvidia-kernel-open-dkms (= {version}) | nvidia-kernel-dkms (= {version})"
         stanzas += [
-            f"Package: nvidia-driver-pinning-{driver}\nVersion: 1-1",
+            f"Package: nvidia-driver-pinning-{driver}\nVersion: {version}",
             f"Package: nvidia-driver-cuda\nVersion: {version}\nDepends: {module}, libcuda1 (= {version}), libc6",
             f"Package: libcuda1\nVersion: {version}\nPre-Depends: libnvidia-ml1 (= {version})",
             *(f"Package: {name}\nVersion: {version}" for name in
@@ -57,7 +57,7 @@ def want(version: str = "580.126.09", gpus: tuple[str, ...] = (L40S,), **others:
 
 def has(of: Desired) -> dict[str, str]:
     """The installed packages of a host that was brought there."""
-    return {of.pin: "1-1", **of.packages}
+    return {of.pin: f"{of.version}-1+lab", **of.packages}
 
 
 def settled(of: Desired, **others: Any) -> Seen:
@@ -222,7 +222,7 @@ class TestCourse:
 
     def test_a_run_that_died_between_pin_and_driver_goes_on(self) -> None:
         target = want("595.71.05")
-        seen = dataclasses.replace(settled(want()), installed={**want().packages, target.pin: "1-1"})
+        seen = dataclasses.replace(settled(want()), installed={**want().packages, target.pin: "595.71.05-1+lab"})
         assert [one.what for one in course(target, seen, INDEX).transactions] == ["driver"]
 
     def test_the_other_module_goes(self) -> None:
