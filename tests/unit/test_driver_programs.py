@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -214,64 +213,3 @@ def test_unattended_upgrades_are_kept_away() -> None:
         done = subprocess.run(["apt-config", "-c", "/dev/stdin", "dump", "Unattended-Upgrade"], input=text, text=True,
                               capture_output=True, check=True)
         assert done.stdout.count("Package-Blacklist:: ") == len(known)
-
-
-PLAY = """\
-- hosts: here
-  gather_facts: false
-  tasks:
-    - ansible.builtin.setup: {{gather_subset: ["!all"]}}
-    - ansible.builtin.include_role: {{name: nvidia_driver, tasks_from: {entry}}}
-"""
-INDEX = """\
-Package: nvidia-driver-pinning-580.126.09
-Version: 580.126.09-1
-
-""" + "\n".join(f"Package: {name}\nVersion: 580.126.09-1\n" for name in (
-    "nvidia-driver-cuda", "nvidia-modprobe", "nvidia-persistenced", "nvidia-kernel-open-dkms", "nvidia-fabricmanager"))
-
-
-@pytest.fixture
-def role(tmp_path: Path) -> Path:
-    """The role beside a PCI bus of its own, a bundle's index, and a systemd that knows no unit."""
-    shutil.copytree(resource("roles"), tmp_path / "roles")
-    facts = tmp_path / "roles/nvidia_driver/files/driver_facts.py"
-    text = facts.read_text().replace('"/sys/bus/pci/devices"', repr(str(tmp_path / "pci")))
-    facts.write_text(text.replace("LOCKS = (", "LOCKS = () and ("))
-    (tmp_path / "apt/dists/s/main/binary-amd64").mkdir(parents=True)
-    (tmp_path / "apt/dists/s/main/binary-amd64/Packages").write_text(INDEX)
-    (tmp_path / "inventory.ini").write_text("here ansible_connection=local nvidia_driver_version=580.126.09\n")
-    (tmp_path / "ansible.cfg").write_text(f"[defaults]\nroles_path=roles\ninterpreter_python={sys.executable}\n")
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/systemctl").write_text(
-        "#!/bin/sh\ncase \"$*\" in *LoadState*) echo not-found;; *ActiveState*) echo inactive;; esac\n")
-    (tmp_path / "bin/systemctl").chmod(0o755)
-    return tmp_path
-
-
-def play(role: Path, entry: str, *options: str) -> subprocess.CompletedProcess[str]:
-    (role / "play.yml").write_text(PLAY.format(entry=entry))
-    given = {"nvidia_driver_package_source": "gateway", "nvidia_driver_bundle": str(role), "nvidia_driver_suite": "s",
-             "nvidia_driver_own": []}
-    environment = {**os.environ, "ANSIBLE_HOME": str(role / "home"), "LC_ALL": "C.UTF-8", "ANSIBLE_NOCOLOR": "1",
-                   "PATH": f"{role}/bin:{os.environ['PATH']}"}
-    return subprocess.run([Path(sys.executable).parent / "ansible-playbook", "-i", "inventory.ini", "play.yml",
-                           "--extra-vars", json.dumps(given), *options], cwd=role, text=True, capture_output=True,
-                          check=False, env=environment)
-
-
-def test_the_preflight_says_why_in_one_sentence(role: Path) -> None:
-    done = play(role, "preflight")
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "here has nvidia_driver_version=580.126.09, and there is no NVIDIA GPU on its PCI bus" in done.stdout
-
-
-@pytest.mark.skipif(shutil.which("dpkg-query") is None or Path("/proc/driver/nvidia/version").exists(),
-                    reason="not a Debian, or a machine with a driver of its own")
-def test_check_mode_tells_the_course_and_touches_nothing(role: Path) -> None:
-    pci(role / "pci", "0000:1a:00.0", "0x10de", "0x030200", "0x2335")
-    done = play(role, "main", "--check")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert '"nvidia-fabricmanager=580.126.09-1"' in done.stdout
-    assert "failed=0" in done.stdout
-    assert not Path("/etc/opsctl/driver.json").exists()

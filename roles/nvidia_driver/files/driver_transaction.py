@@ -28,6 +28,7 @@ MODULES = ("nvidia_peermem", "nvidia_uvm", "nvidia_drm", "nvidia_modeset", "nvid
 USERS = ("opsctl-agent.service", "nvidia-dcgm.service", "dcgm-exporter.service", "nvidia-fabricmanager.service",
          "nvidia-persistenced.service")
 LOADED = Path("/proc/driver/nvidia/version")
+KERNEL_MODULES = Path("/proc/modules")  # a kernel without modules, as some labs have, has no such file
 
 
 def simulated(output: str) -> tuple[set[str], set[str]]:
@@ -75,7 +76,7 @@ def reload_module(version: str) -> None:
     active = [unit for unit in USERS if run(["systemctl", "is-active", "--quiet", unit], may_fail=True) == 0]
     for unit in active:
         run(["systemctl", "stop", unit])
-    old = loaded_modules(Path("/proc/modules").read_text())
+    old = loaded_modules(KERNEL_MODULES.read_text() if KERNEL_MODULES.exists() else "")
     if old:
         unloaded = run(["modprobe", "-r", *old], may_fail=True) == 0
     else:  # a driver that is no module of this kernel is a lab's, and its own tool takes it away
