@@ -24,6 +24,7 @@ State = Literal["fresh", "provisioned", "unreachable"]
 MARKS = {
     "base": ("/etc/opsctl", "/var/lib/opsctl"),
     "gateway": ("/usr/sbin/nginx", "/srv/opsctl-gateway/bundle/SHA256SUMS"),
+    "nvidia_driver": ("/etc/opsctl/driver.json", "/usr/local/lib/opsctl/driver-transaction"),
     "agent": ("/etc/systemd/system/opsctl-agent.service", "/etc/opsctl/agent.toml"),
     "node_exporter": ("/usr/bin/prometheus-node-exporter",
                       "/etc/systemd/system/prometheus-node-exporter.service.d/opsctl.conf"),
@@ -98,7 +99,8 @@ def roles_for(fleet: Fleet, host: Host) -> tuple[str, ...]:
     """The roles of a host, in the order in which a provision comes to them."""
     serves = "gpu" in host.groups or any(placement.host == host.name for placement in place(fleet))
     balances = fleet.load_balancer == "haproxy" and "lb" in host.groups
-    has = {"base": True, "gateway": gateway(fleet).name == host.name, "agent": True,
+    has = {"base": True, "gateway": gateway(fleet).name == host.name,
+           "nvidia_driver": bool(host.variables.get("nvidia_driver_version")), "agent": True,
            "node_exporter": bool(fleet.group("monitor")), "load_balancer": balances, "inference": serves,
            "monitoring": "monitor" in host.groups}
     return tuple(role for role, wanted in has.items() if wanted)

@@ -19,7 +19,7 @@ from opsctl.resources import resource
 
 # What a module changes, in a word; all others look, count or say something.
 KINDS = {"apt": "packages", "dpkg_selections": "hold", "user": "user", "file": "file", "copy": "file",
-         "template": "file", "unarchive": "file", "systemd_service": "unit", "command": "command"}
+         "template": "file", "unarchive": "file", "systemd_service": "unit", "command": "command", "reboot": "reboot"}
 NAMED_BY = {"packages": "name", "hold": "name", "user": "name", "unit": "name"}  # the argument that says what
 PREFIX = "ansible.builtin."
 VARIABLE = re.compile(r"\{\{\s*(\w+)\s*\}\}")

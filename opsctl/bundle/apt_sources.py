@@ -33,7 +33,7 @@ class Source:
 def parse_deb822(text: str) -> tuple[Source, ...]:
     """The enabled binary sources of a ``.sources`` file; stanzas that are no such thing are passed over."""
     sources = []
-    for fields in _stanzas(text):
+    for fields in stanzas(text):
         enabled = fields.get("enabled", "yes").lower() not in ("no", "false", "without", "off", "disable", "0")
         if not enabled or "deb" not in fields.get("types", "").split():
             continue
@@ -93,7 +93,7 @@ def render_deb822(sources: Iterable[Source]) -> str:
     return "\n".join(stanzas)
 
 
-def _stanzas(text: str) -> Iterable[dict[str, str]]:
+def stanzas(text: str) -> Iterable[dict[str, str]]:
     """Fields of each deb822 stanza by lower-case name; continuation lines keep their line breaks (inline keys)."""
     fields: dict[str, str] = {}
     name = ""

@@ -18,7 +18,8 @@ from opsctl.agent.durable import sync_directory, write_atomically
 from opsctl.bundle import sums
 from opsctl.bundle.agent_wheel import build_agent_wheel, requirement_line
 from opsctl.bundle.cache import one_build_at_a_time
-from opsctl.bundle.closure import Closure, download_closure
+from opsctl.bundle.closure import Closure, download_closure, union
+from opsctl.bundle.drivers import download_drivers, driver_names, drivers_of_inventory
 from opsctl.bundle.engine_wheels import WantedLock, fetch_engine_wheels, release_locks, shipped_locks
 from opsctl.bundle.keys import checking, signing
 from opsctl.bundle.packages import role_packages
@@ -46,11 +47,12 @@ class Built:
     seconds: float
 
 
-def build_bundle(fleet_directory: Path, bundle: Path, emit: Emit = discard, *, packages: Sequence[str] | None = None,
-                 locks: Sequence[WantedLock] | None = None) -> Built:
+def build_bundle(fleet_directory: Path, bundle: Path, emit: Emit = discard, *, inventory: Path | None = None,
+                 packages: Sequence[str] | None = None, locks: Sequence[WantedLock] | None = None) -> Built:
     """Makes or renews the bundle; a bundle that holds the same already is left as it is, byte for byte.
 
-    ``packages`` and ``locks`` stand in for what the roles install and the locks of engines and releases.
+    ``inventory``: names the drivers; None: there are none to be brought. ``packages`` and ``locks`` stand in for what
+    the roles install and the locks of engines and releases.
 
     Raises:
         ConfigurationError: a role's package list or an engine's lock is malformed.
@@ -61,12 +63,17 @@ def build_bundle(fleet_directory: Path, bundle: Path, emit: Emit = discard, *, p
     home, trusted_key = fleet_directory / "keys" / "bundle", fleet_directory / "trust" / "bundle.asc"
     wanted = tuple(packages) if packages is not None else role_packages(resource("roles"))
     wanted_locks = locks if locks is not None else [*shipped_locks(PACKAGE / "serving"), *release_locks(bundle)]
+    names = driver_names(resource("roles"))
+    drivers = drivers_of_inventory(inventory, names) if inventory else ()
     with one_build_at_a_time(emit):
         _able_to_sign(home, trusted_key)
         finish_switch(bundle)
         try:
             emit(PhaseStarted("Debian packages"))
             closure = download_closure(wanted, emit)
+            if drivers:
+                emit(PhaseStarted("Drivers"))
+                closure = union([closure, *download_drivers(drivers, names, fleet_directory, emit)])
             emit(PhaseStarted("Wheels"))
             wheels = _wheels(bundle / NEW / "wheels", wanted_locks, emit)
             emit(PhaseStarted("Index, sign, verify"))

@@ -1,102 +1,16 @@
-"""Downloads packages with all they depend on, for the hosts' release, with an apt of its own: nothing is installed.
-
-apt runs on private directories with an empty dpkg status, so the closure does not depend on what this machine has;
-only its sources, keyrings, proxies and credentials are this machine's own. Downloads stay in the cache, partial
-ones too, so an interrupted build goes on where it stopped.
-"""
+"""What goes into the bundle's pool: packages with all they depend on, for the hosts' release."""
 
 from __future__ import annotations
 
-import hashlib
-import re
-import shlex
-import subprocess
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from opsctl.bundle.apt_sources import Source, parse_deb822, parse_one_line, render_deb822, sources_for
-from opsctl.bundle.cache import cache_directory
-from opsctl.bundle.process import last_lines, require_program, run, started
-from opsctl.engines.events import Emit, Note, Progress
-from opsctl.errors import OpsctlError, RefusedError
+from opsctl.bundle.debs import Deb
+from opsctl.bundle.private_apt import ARCHITECTURE, CODENAME, PrivateApt
+from opsctl.engines.events import Emit
 
-CODENAME = "bookworm"
-RELEASE_NAME = "Debian 12 (bookworm)"
-ARCHITECTURE = "amd64"
-POLL_S = 0.5
-
-# What apt says about a package it does not have (apt 2.6 and 3.0).
-UNKNOWN_PACKAGE = re.compile(r"^E: (?:Unable to locate package (?P<a>\S+)"
-                             r"|Package '(?P<b>[^']+)' has no installation candidate"
-                             r"|Couldn't find any package by (?:glob|regex) '(?P<c>[^']+)')", re.MULTILINE)
-PRINTED_URI = re.compile(r"^'(?P<address>[^']+)' (?P<name>\S+) (?P<size>\d+) (?P<algorithm>[A-Za-z0-9]+)(?:Sum)?:"
-                         r"(?P<digest>[0-9a-f]+)$", re.MULTILINE)
-
-APT_CONFIGURATION = """\
-// An apt of opsctl's own. Cleared lists are this machine's hooks: they are for packages that get installed.
-#clear APT::Architectures;
-#clear APT::Update::Pre-Invoke;
-#clear APT::Update::Post-Invoke;
-#clear APT::Update::Post-Invoke-Success;
-#clear DPkg::Pre-Invoke;
-#clear DPkg::Post-Invoke;
-#clear DPkg::Pre-Install-Pkgs;
-#clear Acquire::IndexTargets;
-APT::Architecture "{architecture}";
-APT::Architectures {{ "{architecture}"; }};
-APT::Install-Recommends "false";
-APT::Install-Suggests "false";
-APT::Default-Release "";
-APT::Get::AllowUnauthenticated "false";
-APT::Update::Error-Mode "any";
-APT::Sandbox::User "root";
-APT::Keep-Downloaded-Packages "true";
-Acquire::AllowInsecureRepositories "false";
-Acquire::AllowWeakRepositories "false";
-Acquire::AllowReleaseInfoChange "true"; // stable becomes oldstable; the codename is ours to choose
-Acquire::Languages "none";
-Acquire::ForceHash "SHA256"; // else --print-uris names MD5
-Acquire::Retries "3";
-Debug::NoLocking "true";
-Dir::State "{root}/state";
-Dir::State::lists "{root}/state/lists";
-Dir::State::status "{root}/status";
-Dir::State::extended_states "{root}/state/extended_states";
-Dir::Cache "{root}";
-Dir::Cache::pkgcache "pkgcache.bin";
-Dir::Cache::srcpkgcache "srcpkgcache.bin";
-Dir::Cache::archives "{archives}";
-Dir::Etc::sourcelist "/dev/null";
-Dir::Etc::sourceparts "{root}/sources";
-Dir::Etc::preferences "/dev/null";
-Dir::Etc::preferencesparts "/dev/null";
-Dir::Log "{root}";
-Acquire::IndexTargets::deb::Packages {{
-  MetaKey "$(COMPONENT)/binary-$(ARCHITECTURE)/Packages";
-  ShortDescription "Packages";
-  Description "$(RELEASE)/$(COMPONENT) $(ARCHITECTURE) Packages";
-}};
-"""
-
-
-@dataclass(frozen=True)
-class Deb:
-    """One package file of the closure: its name in the cache, size in bytes, and its digest as apt knows it."""
-
-    name: str
-    size: int
-    algorithm: str
-    digest: str
-
-    @property
-    def pool_name(self) -> str:
-        """The file's name in a repository: without the epoch, as Debian's own pool has it.
-
-        apt's cache writes the epoch's colon as ``%3a``, which web servers and apt's file: method would undo.
-        """
-        return re.sub(r"_\d+%3a", "_", self.name)
+__all__ = ["ARCHITECTURE", "CODENAME", "Closure", "Deb", "download_closure", "union"]
 
 
 @dataclass(frozen=True)
@@ -118,157 +32,14 @@ def download_closure(packages: Sequence[str], emit: Emit) -> Closure:
             unknown (``bundle.unknown_package``) or cannot be installed (``bundle.unmet_dependencies``).
         OpsctlError: the download broke off (``bundle.download_broke_off``); the same command goes on.
     """
-    apt = _PrivateApt()
+    apt = PrivateApt()
     apt.update(emit)
     debs = apt.resolve(packages)
     apt.download(packages, debs, emit)
     return Closure(debs, apt.archives)
 
 
-def parse_printed_uris(text: str) -> tuple[Deb, ...]:
-    """The files of ``apt-get --print-uris``, in the order of their names."""
-    return tuple(sorted((Deb(match["name"], int(match["size"]), match["algorithm"].lower(), match["digest"])
-                         for match in PRINTED_URI.finditer(text)), key=lambda deb: deb.name))
-
-
-def unknown_packages(apt_output: str) -> tuple[str, ...]:
-    """The names that apt says it does not have."""
-    found = (match["a"] or match["b"] or match["c"] for match in UNKNOWN_PACKAGE.finditer(apt_output))
-    return tuple(dict.fromkeys(found))
-
-
-def file_is(path: Path, deb: Deb) -> bool:
-    """Whether the file is there with the digest that the index names."""
-    if not path.is_file() or path.stat().st_size != deb.size:
-        return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, deb.algorithm).hexdigest() == deb.digest
-
-
-class _PrivateApt:
-    """apt-get on directories in the cache; one set of them for each set of sources."""
-
-    def __init__(self) -> None:
-        self._program = require_program("apt-get", "apt", "it downloads the hosts' packages")
-        sources = _machine_sources()
-        text = render_deb822(sources)
-        self._root = cache_directory("apt", hashlib.sha256(text.encode()).hexdigest()[:12])
-        self.archives = cache_directory("debs")
-        for directory in (self._root / "state/lists/partial", self._root / "sources", self._root / "none/partial",
-                          self.archives / "partial"):
-            directory.mkdir(parents=True, exist_ok=True)
-        (self._root / "status").write_bytes(b"")
-        (self._root / "sources/machine.sources").write_text(text, encoding="utf-8")
-        self._configuration = self._root / "apt.conf"
-        self._configuration.write_text(APT_CONFIGURATION.format(root=self._root, archives=self.archives,
-                                                                architecture=ARCHITECTURE), encoding="utf-8")
-
-    def _argv(self, *arguments: str) -> list[str]:
-        return [self._program, "-c", str(self._configuration), *arguments]
-
-    def update(self, emit: Emit) -> None:
-        emit(Note(f"asking this machine's package sources for the lists of {RELEASE_NAME}"))
-        done = run(self._argv("-q", "update"))
-        if done.returncode != 0:
-            raise RefusedError("bundle.sources_unreachable",
-                               f"this machine's package sources did not give the lists of {RELEASE_NAME}.",
-                               hint="apt-get update shows whether this machine reaches them; then build again",
-                               log_tail=_complaints(done))
-
-    def resolve(self, packages: Sequence[str]) -> tuple[Deb, ...]:
-        # Against an empty folder of archives apt names every file, not only those still missing.
-        done = run(self._argv("-o", f"Dir::Cache::archives={self._root / 'none'}", "-q", "-y", "--print-uris",
-                              "--download-only", "install", "--", *packages))
-        output = done.stdout.decode("utf-8", "replace") + done.stderr.decode("utf-8", "replace")
-        if done.returncode == 0:
-            return parse_printed_uris(output)
-        unknown = unknown_packages(output)
-        if unknown:
-            raise RefusedError("bundle.unknown_package",
-                               f"{RELEASE_NAME} has no package {', '.join(unknown)}, which the roles install.",
-                               hint="correct the name in roles/*/defaults/main.yml", log_tail=_complaints(done))
-        raise RefusedError("bundle.unmet_dependencies",
-                           f"{RELEASE_NAME} cannot install {', '.join(packages)} together.",
-                           hint="read apt's own words above", log_tail=last_lines(output.encode()))
-
-    def download(self, packages: Sequence[str], debs: Iterable[Deb], emit: Emit) -> None:
-        debs = tuple(debs)
-        for deb in debs:  # apt believes a size; the index's digest is believed here
-            path = self.archives / deb.name
-            if path.exists() and not file_is(path, deb):
-                path.unlink()
-        if all((self.archives / deb.name).exists() for deb in debs):
-            return
-        log = self._root / "download.log"
-        argv = self._argv("-q", "-y", "--download-only", "install", "--", *packages)
-        with log.open("wb") as output, started(argv, stdout=output.fileno()) as process:
-            _follow(process, self.archives, debs, emit)
-            status = process.wait()
-        missing = [deb.name for deb in debs if not file_is(self.archives / deb.name, deb)]
-        if status != 0 or missing:
-            raise OpsctlError("bundle.download_broke_off",
-                              f"{len(missing)} of {len(debs)} packages could not be downloaded.",
-                              hint="the same command again goes on where it stopped",
-                              log_tail=last_lines(log.read_bytes()))
-
-
-def _follow(process: subprocess.Popen[bytes], archives: Path, debs: Sequence[Deb], emit: Emit) -> None:
-    """Progress of a download, read off the files that grow: the same for a first and for a resumed one."""
-    total = sum(deb.size for deb in debs)
-    began, at_first = time.monotonic(), _bytes_there(archives, debs)
-    while True:
-        try:
-            process.wait(timeout=POLL_S)
-        except subprocess.TimeoutExpired:
-            there = _bytes_there(archives, debs)
-            emit(Progress("Debian packages", there, total, "bytes", (there - at_first) / (time.monotonic() - began)))
-        else:
-            break
-    there = _bytes_there(archives, debs)
-    emit(Progress("Debian packages", there, total, "bytes", (there - at_first) / (time.monotonic() - began)))
-
-
-def _bytes_there(archives: Path, debs: Sequence[Deb]) -> int:
-    there = 0
-    for deb in debs:
-        for path in (archives / deb.name, archives / "partial" / deb.name):
-            try:
-                there += min(path.stat().st_size, deb.size)
-            except FileNotFoundError:  # not begun, or moved out of partial just now
-                continue
-            break
-    return there
-
-
-def _machine_sources() -> tuple[Source, ...]:
-    """This machine's sources, as those of the hosts' release."""
-    apt_config = require_program("apt-config", "apt", "it tells where this machine's package sources are written")
-    said = run([apt_config, "shell", "LIST", "Dir::Etc::sourcelist/f", "PARTS", "Dir::Etc::sourceparts/d"])
-    where = dict(word.split("=", 1) for word in shlex.split(said.stdout.decode()))
-    parts = Path(where.get("PARTS", "/etc/apt/sources.list.d"))
-    found: list[Source] = []
-    for path in [Path(where.get("LIST", "/etc/apt/sources.list")), *sorted(parts.glob("*"))]:
-        if path.suffix == ".sources" and path.is_file():
-            found += parse_deb822(path.read_text(encoding="utf-8"))
-        elif path.suffix == ".list" and path.is_file():
-            found += parse_one_line(path.read_text(encoding="utf-8"))
-    release = _os_release(Path("/etc/os-release").read_text(encoding="utf-8"))
-    usable = sources_for(found, own_codename=release.get("VERSION_CODENAME", ""), codename=CODENAME) \
-        if release.get("ID") == "debian" else sources_for(found, own_codename=CODENAME, codename=CODENAME)
-    if not usable:
-        raise RefusedError("bundle.no_sources",
-                           f"no package source of this machine ({release.get('PRETTY_NAME', 'unknown system')}) "
-                           f"serves {RELEASE_NAME}.",
-                           hint=f"build on a Debian machine, or add a signed source of {CODENAME} main in {parts}")
-    return usable
-
-
-def _os_release(text: str) -> dict[str, str]:
-    """The fields of an os-release file."""
-    return dict(word.split("=", 1) for word in shlex.split(text, comments=True) if "=" in word)
-
-
-def _complaints(done: subprocess.CompletedProcess[bytes]) -> tuple[str, ...]:
-    """apt's errors and warnings, or its last words when it names none."""
-    lines = last_lines(done.stdout + b"\n" + done.stderr, 200)
-    return tuple(line for line in lines if line.startswith(("E:", "W:", "Err")))[-8:] or lines[-8:]
+def union(closures: Sequence[Closure]) -> Closure:
+    """One closure of all their files; several versions of a package lie side by side."""
+    debs = {deb.name: deb for closure in closures for deb in closure.debs}
+    return Closure(tuple(debs[name] for name in sorted(debs)), closures[0].archives)

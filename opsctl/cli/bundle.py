@@ -35,8 +35,9 @@ def build(
     with speaking("bundle build", as_json=as_json, debug=debug) as speaker:
         from opsctl.bundle.build import build_bundle
 
-        directory = find_inventory(inventory).parent
-        built = build_bundle(directory, (bundle or directory / "bundle").absolute(), speaker.emit)
+        found = find_inventory(inventory)
+        directory = found.parent
+        built = build_bundle(directory, (bundle or directory / "bundle").absolute(), speaker.emit, inventory=found)
         document = {"bundle": str(built.bundle), "changed": built.changed, "packages": built.packages,
                     "package_bytes": built.package_bytes, "wheels": list(built.wheels), "signed_by": built.signed_by,
                     "seconds": round(built.seconds, 1)}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opsctl.errors import ConfigurationError
+from opsctl.fleet import gpus
 from opsctl.fleet.model import Host
 from opsctl.fleet.source import at, find_line, inventory_files, text_of
 
@@ -31,7 +32,7 @@ READ = (
     *PASSWORDS, *WEAKENING, "ansible_connection", "ansible_host", "ansible_ssh_host", "ansible_port",
     "ansible_ssh_port", "ansible_user", "ansible_ssh_user", "ansible_ssh_private_key_file", "ansible_private_key_file",
     "ansible_ssh_common_args", "ansible_ssh_extra_args", "proxy_jump", "service_address", "management_address",
-    "gpu_uuids",
+    "gpu_uuids", *gpus.READ,
 )
 
 
@@ -45,6 +46,7 @@ def make_host(name: str, variables: Mapping[str, Any], groups: Sequence[str], in
         raise ConfigurationError("inventory.bad_host", f"{inventory}: {name!r} cannot be a host's name.",
                                  hint="letters, digits, dots and dashes; a port goes into ansible_port=")
     _refuse_passwords(name, variables, inventory)
+    check_gpus(name, variables, inventory)
     connection = _connection(name, variables, inventory)
     address = _text(name, variables, ("ansible_host", "ansible_ssh_host"), inventory) or name
     default = "127.0.0.1" if connection == "local" else address
@@ -66,6 +68,17 @@ def make_host(name: str, variables: Mapping[str, Any], groups: Sequence[str], in
         proxy_jump=_text(name, variables, ("proxy_jump",), inventory) or jump, ssh_options=options,
         service_address=own["service_address"], management_address=own["management_address"], variables=dict(variables),
     )
+
+
+def check_gpus(name: str, variables: Mapping[str, Any], inventory: Path) -> None:
+    """Refuses what cannot be right about a host's GPUs and their driver, whatever the host has.
+
+    Raises:
+        ConfigurationError: ``inventory.bad_value``.
+    """
+    wrong = gpus.first_wrong(variables)
+    if wrong:
+        raise _wrong(name, wrong.key, wrong.value, inventory, wrong.problem, wrong.hint)
 
 
 def check_addresses(hosts: Sequence[Host], inventory: Path) -> None:

@@ -198,12 +198,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Host by host, so that a person sees one after the other."""
+    """Host by host, so that a person sees one after the other; first of each whether it is provisioned at all."""
     if not TASK:
         return
     order = {name: number for number, name in enumerate(TASK.get("hosts", ()))}
     asked = [item for item in items if isinstance(_target(item), Target)]  # pytest's own word: there is nobody to ask
-    items[:] = sorted(asked, key=lambda item: order.get(_target(item).host, 0))
+    items[:] = sorted(asked, key=lambda item: (order.get(_target(item).host, 0), item.path.name != "test_hosts.py"))
 
 
 @pytest.hookimpl(wrapper=True)

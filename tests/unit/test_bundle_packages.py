@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from opsctl.bundle.closure import Deb, parse_printed_uris, unknown_packages
+from opsctl.bundle.debs import Deb, parse_printed_uris, unknown_packages
 from opsctl.bundle.packages import role_packages
 from opsctl.errors import ConfigurationError
 

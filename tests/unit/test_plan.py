@@ -125,7 +125,8 @@ class TestFirstChanges:
         modules = {key for path in (resource("roles") / role / "tasks").iterdir() for key in _modules(path)}
         assert modules <= {f"ansible.builtin.{name}" for name in (
             "apt", "dpkg_selections", "user", "file", "copy", "template", "unarchive", "systemd_service", "command",
-            "assert", "debug", "fail", "find", "stat", "tempfile", "import_tasks", "import_role", "include_role")}
+            "reboot", "assert", "debug", "fail", "find", "stat", "tempfile", "import_tasks", "import_role",
+            "include_role")}
         assert deeds(role, {})
 
     def test_packages_and_holds_are_the_roles_own(self) -> None:

@@ -1,0 +1,124 @@
+"""Apt sources of vendors: ``sources.d/*.sources`` beside the inventory, each with the key that signs it.
+
+No address stands in opsctl: where a site gets its drivers from, it writes there. A source without a key is refused,
+because hosts install what comes from it as root.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from opsctl.bundle.apt_sources import REMOTE_OR_FILE, stanzas
+from opsctl.bundle.keys import PUBLIC_KEY_BEGIN, dearmor
+from opsctl.errors import ConfigurationError
+
+FOLDER = "sources.d"
+# Each of them lets apt take what nobody signed, or what was signed with a broken algorithm.
+TRUSTING = ("trusted", "allow-insecure", "allow-weak", "allow-downgrade-to-insecure")
+OFF = ("no", "false", "without", "off", "disable", "0")
+
+
+@dataclass(frozen=True)
+class VendorSource:
+    """One stanza. ``name``: its file's and its number; ``components``: none for a flat repository (``Suites: /``)."""
+
+    name: str
+    addresses: tuple[str, ...]
+    suites: tuple[str, ...]
+    components: tuple[str, ...]
+    key: bytes
+
+    @property
+    def key_name(self) -> str:
+        """apt tells an armored key from a binary one by the ending."""
+        return f"{self.name}.{'asc' if PUBLIC_KEY_BEGIN.encode() in self.key else 'gpg'}"
+
+    def render(self, key: Path) -> str:
+        lines = ["Types: deb", f"URIs: {' '.join(self.addresses)}", f"Suites: {' '.join(self.suites)}"]
+        lines += [f"Components: {' '.join(self.components)}"] if self.components else []
+        return "\n".join([*lines, f"Signed-By: {key}", ""])
+
+
+def read_vendor_sources(fleet_directory: Path) -> tuple[VendorSource, ...]:
+    """The enabled binary sources of the fleet's folder, in the order of their files; empty when there are none.
+
+    Raises:
+        ConfigurationError: one is unsigned, trusts blindly, or is no source; the message names file, key and value.
+    """
+    found: list[VendorSource] = []
+    folder = fleet_directory / FOLDER
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.suffix == ".list":
+            raise _wrong(path, "is of the old format, which has no place for a key's text",
+                         f"write it as {path.stem}.sources: Types, URIs, Suites, Signed-By")
+        if path.suffix != ".sources":
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise _wrong(path, "is not UTF-8", "save it as UTF-8") from None
+        for number, fields in enumerate(stanzas(text)):
+            if fields.get("enabled", "yes").lower() in OFF or "deb" not in fields.get("types", "").split():
+                continue
+            found.append(_source(f"{path.stem}-{number}", fields, path, fleet_directory))
+    return tuple(found)
+
+
+def _source(name: str, fields: Mapping[str, str], path: Path, fleet_directory: Path) -> VendorSource:
+    for key in TRUSTING:
+        if fields.get(key, "no").lower() not in OFF:
+            raise _wrong(path, f"has {key.title()}: {fields[key]}, and hosts install nothing that nobody signed",
+                         "remove that line; Signed-By: names the vendor's key")
+    addresses = tuple(re.sub("^file:", "copy:", address) for address in fields.get("uris", "").split())
+    if not addresses or not all(map(REMOTE_OR_FILE.match, addresses)):
+        raise _wrong(path, f"has URIs: {fields.get('uris', '')}, which is no address that apt can ask",
+                     "URIs: https://...")
+    suites, components = fields.get("suites", "").split(), fields.get("components", "").split()
+    if not suites or any(suite.endswith("/") == bool(components) for suite in suites):
+        raise _wrong(path, f"has Suites: {' '.join(suites)} and Components: {' '.join(components)}",
+                     "Suites: / and no Components for a flat repository; else a suite and its components")
+    return VendorSource(_plain(name), addresses, tuple(suites), tuple(components),
+                        _key(fields.get("signed-by", ""), path, fleet_directory))
+
+
+def _key(value: str, path: Path, fleet_directory: Path) -> bytes:
+    """The key that ``Signed-By`` means: its own text, or a file of the fleet's folder."""
+    if not value.strip():
+        raise _wrong(path, "has no Signed-By: anybody between here and there could put a package in",
+                     f"put the vendor's key beside it and write Signed-By: {FOLDER}/{path.stem}.asc")
+    if PUBLIC_KEY_BEGIN in value:
+        # deb822: continuation lines are indented by one blank, and a dot stands for an empty one.
+        lines = (line.strip() for line in value.strip().splitlines())
+        content = "".join(f"{'' if line == '.' else line}\n" for line in lines).encode()
+    else:
+        file = fleet_directory / value.strip()
+        inside = not Path(value.strip()).is_absolute() and ".." not in Path(value.strip()).parts
+        if not inside or not file.is_file():
+            raise _wrong(path, f"has Signed-By: {value.strip()}, which is no file in {fleet_directory}",
+                         f"copy the key there and name it from there: Signed-By: {FOLDER}/{path.stem}.asc")
+        content = file.read_bytes()
+    try:
+        if PUBLIC_KEY_BEGIN.encode() in content:
+            dearmor(content.decode("ascii"))
+        elif content[:1] < b"\x80":  # every OpenPGP packet begins with a byte that high
+            raise ValueError("no packet")
+    except ValueError:
+        raise _wrong(path, "has a Signed-By that is no OpenPGP public key",
+                     "take the key anew from the vendor") from None
+    return content
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "-", name)
+
+
+def _wrong(path: Path, problem: str, hint: str) -> ConfigurationError:
+    return ConfigurationError("bundle.bad_source", f"{path} {problem}.", hint=hint)
+
+
+def described(sources: Iterable[VendorSource]) -> str:
+    """``vendor.sources, dcgm.sources``: the files, for a sentence."""
+    return ", ".join(dict.fromkeys(f"{source.name.rpartition('-')[0]}.sources" for source in sources))

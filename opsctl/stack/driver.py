@@ -1,0 +1,207 @@
+"""From what a host has to the driver that its inventory names: which packages, in which order. Pure.
+
+The pinning package goes first and alone, because apt reads preferences when it starts: pin and driver in one
+transaction install the newest driver under the older one's pin (measured). Then every member of the driver's family
+with its exact version, because apt takes the newest of each dependency otherwise, and every held package by its name,
+because apt changes no held package that is not named; it takes the holds off as it does. Holds come last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from opsctl.errors import RefusedError
+from opsctl.stack.fit import Flavour, Wish, check_fit, flavour_of, known_gpus, needs_fabric_manager
+from opsctl.stack.index import Index, drivers_of, family, package_version
+from opsctl.stack.versions import driver_in, nearest, order_of
+
+PIN = "nvidia-driver-pinning-"
+HEADERS = "linux-headers-"
+Change = Literal["install", "up", "down", "flavour", "mend", "none"]
+
+
+@dataclass(frozen=True)
+class Names:
+    """The role's package names: of the driver's exact version, the two kernel modules, the fabric manager, others."""
+
+    exact: tuple[str, ...]
+    open: tuple[str, ...]
+    proprietary: tuple[str, ...]
+    fabric: tuple[str, ...]
+    own: tuple[str, ...] = ()  # with versions of their own
+
+    def roots(self, flavour: Flavour, *, fabric_manager: bool) -> tuple[str, ...]:
+        module = self.open if flavour == "open" else self.proprietary
+        return (*self.exact, *module, *(self.fabric if fabric_manager else ()))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a host has. ``gpus``: PCI device ids; ``installed``: driver packages and their versions; ``held``: names.
+
+    ``loaded``: the kernel module's version, empty when none is; ``serving``: active instances; ``dpkg``: who holds
+    its lock; ``kernel``: the one that runs; ``headers``: whether those of it are there.
+    """
+
+    gpus: tuple[str, ...]
+    switches: int = 0
+    installed: Mapping[str, str] | None = None
+    held: frozenset[str] = frozenset()
+    loaded: str = ""
+    serving: tuple[str, ...] = ()
+    dpkg: str = ""
+    kernel: str = ""
+    headers: bool = True
+
+
+@dataclass(frozen=True)
+class Desired:
+    """What a host is to have; the same however often it is asked. ``packages``: the family, with exact versions."""
+
+    version: str
+    flavour: Flavour
+    fabric_manager: bool
+    pin: str
+    packages: Mapping[str, str]
+    own: tuple[str, ...]
+
+    @property
+    def holds(self) -> tuple[str, ...]:
+        return (self.pin, *self.packages)
+
+
+@dataclass(frozen=True)
+class Transaction:
+    """One run of apt. ``install``: names, with ``=version`` where it is exact; ``remove``: all that may go."""
+
+    what: str
+    install: tuple[str, ...]
+    remove: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Course:
+    """``hold``: names to be put on hold afterwards; ``load``: the module in the kernel is not the wanted one."""
+
+    change: Change
+    transactions: tuple[Transaction, ...]
+    hold: tuple[str, ...]
+    load: bool
+
+
+def desired(wish: Wish, seen: Seen, names: Names, index: Index) -> Desired:
+    """What the inventory, the GPUs and the packages' source come to.
+
+    Raises:
+        ConfigurationError: the version or its flavour does not fit the GPUs.
+        RefusedError: the source does not have it (``driver.no_such_version``), or no headers for the kernel.
+    """
+    gpus = known_gpus(wish, seen.gpus)
+    check_fit(wish, gpus)
+    flavour = flavour_of(wish, gpus)
+    fabric = needs_fabric_manager(wish, gpus, seen.switches)
+    packages = exact_packages(wish.host, index, names.roots(flavour, fabric_manager=fabric), wish.version)
+    pin = PIN + wish.version
+    if pin not in index:
+        raise RefusedError("driver.no_pin", f"{wish.host}: its package source has no {pin}, and nothing else keeps "
+                           f"other tools from moving the driver.", hint=_build_hint())
+    own = names.own
+    if any(name.startswith(HEADERS) for name in own) and not seen.headers:
+        headers = HEADERS + seen.kernel
+        if headers not in index:
+            raise RefusedError("driver.no_headers", f"{wish.host} runs kernel {seen.kernel}, and its package source "
+                               f"has no {headers}: the module would be built for another kernel.",
+                               hint="update and reboot the host's kernel, or opsctl bundle build with that package in "
+                                    "nvidia_driver_own")
+        own = (*own, headers)
+    return Desired(wish.version, flavour, fabric, pin, packages, own)
+
+
+def exact_packages(host: str, index: Index, roots: Sequence[str], version: str) -> dict[str, str]:
+    """The family of a driver version, or a refusal that names the nearest versions that there are.
+
+    Raises:
+        RefusedError: ``driver.no_such_version``.
+    """
+    try:
+        return family(index, roots, version)
+    except KeyError as error:
+        name = str(error.args[0])
+        there = nearest(version, drivers_of(index, name))
+        has = f"the nearest that it has: {', '.join(there)}" if there else "and no other version of it"
+        raise RefusedError("driver.no_such_version", f"{host}: the package source has no {name} {version}; {has}.",
+                           hint=f'nvidia_driver_version="{there[0]}", or {_build_hint()}' if there else _build_hint()
+                           ) from None
+
+
+def course(want: Desired, seen: Seen, index: Index) -> Course:
+    """What is to be done on a host, in order; nothing when it has all that it is to have."""
+    installed = dict(seen.installed or {})
+    pins = sorted(name for name in installed if name.startswith(PIN))
+    transactions = []
+    if pins != [want.pin]:
+        transactions.append(Transaction("pin", (want.pin,), tuple(name for name in pins if name != want.pin)))
+    packages = {**want.packages, **followers(want, installed, index)}
+    gone = tuple(name for name in members(installed) if name not in packages)
+    own = tuple(name for name in want.own if name not in installed)
+    if gone or own or any(installed.get(name) != version for name, version in packages.items()):
+        exact = tuple(f"{name}={version}" for name, version in packages.items())
+        transactions.append(Transaction("driver", (*exact, *own), gone))
+    # apt takes the hold off each held package that it is told to change (seen on apt 2.6), so all are held anew.
+    hold = tuple(name for name in (want.pin, *packages) if transactions or name not in seen.held)
+    return Course(change_of(want, installed, bool(transactions or hold)), tuple(transactions), hold,
+                  seen.loaded != want.version)
+
+
+def members(installed: Mapping[str, str]) -> tuple[str, ...]:
+    """The driver's packages among the installed ones, by their versions; pins are none of them."""
+    return tuple(name for name, version in installed.items() if driver_in(version) and not name.startswith(PIN))
+
+
+def followers(want: Desired, installed: Mapping[str, str], index: Index) -> dict[str, str]:
+    """Installed packages of the driver that nobody asked for, and that the wanted version has too: they move along.
+
+    The other kernel module and an unneeded fabric manager are no such thing.
+    """
+    unwanted = {name for name in installed if ("-dkms" in name) or (name.startswith("nvidia-fabricmanager"))}
+    return {name: version for name in members(installed) if name not in want.packages and name not in unwanted
+            and (version := package_version(index, name, want.version))}
+
+
+def change_of(want: Desired, installed: Mapping[str, str], pending: bool) -> Change:
+    """What it is to a person: the first driver, a newer or older one, the other module, something mended, nothing."""
+    there = [driver_in(installed[name]) for name in members(installed)]
+    if not there:
+        return "install"
+    oldest, newest = min(there, key=order_of), max(there, key=order_of)
+    if order_of(oldest) < order_of(want.version):
+        return "up"
+    if order_of(newest) > order_of(want.version):
+        return "down"
+    module = [name for name in want.packages if name.endswith("-dkms")]
+    if module and not any(name in installed for name in module):
+        return "flavour"
+    return "mend" if pending else "none"
+
+
+def check_idle(host: str, what: Course, seen: Seen) -> None:
+    """No change of a driver while it is worked with, and none while somebody else is at dpkg.
+
+    Raises:
+        RefusedError: ``driver.dpkg_busy`` or ``driver.serving``.
+    """
+    if what.transactions and seen.dpkg:
+        raise RefusedError("driver.dpkg_busy", f"{host}: {seen.dpkg} holds dpkg's lock.", hint="wait until it is done")
+    first = what.change == "install"
+    if seen.serving and not first and (what.change in ("up", "down", "flavour") or what.load):
+        units = " ".join(seen.serving)
+        raise RefusedError("driver.serving", f"{host} serves ({', '.join(seen.serving)}), and a driver is not changed "
+                           "under running instances.",
+                           hint=f"opsctl drain {host}, then opsctl exec --limit {host} -- systemctl stop {units}, "
+                                f"then opsctl provision, then opsctl undrain {host}")
+
+
+def _build_hint() -> str:
+    return "opsctl bundle build, which brings what nvidia_driver_version and nvidia_driver_bundle_versions name"

@@ -1,0 +1,112 @@
+"""Prints as JSON what a host has of GPUs and their driver; with ``upstream`` also what its package sources have.
+
+Looks at /sys, /proc, dpkg and systemd, and asks no driver: there may be none yet.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+PCI = Path("/sys/bus/pci/devices")
+NVIDIA = "0x10de"
+DISPLAY, BRIDGE = "0x03", "0x0680"  # PCI classes: VGA and 3D controllers; "other bridge", which NVSwitches are
+# Patterns of what belongs to a driver or is built for it; versions tell which of them move together.
+DRIVER_PACKAGES = ("nvidia-*", "libnvidia-*", "libcuda1", "libcudadebugger1", "libnvcuvid1", "libnvoptix1",
+                   "cuda-drivers*", "xserver-xorg-video-nvidia*", "firmware-nvidia-gsp", "linux-headers-*")
+FIELDS = "${Package}\t${Version}\t${db:Status-Want}\t${db:Status-Status}\n"
+LOCKS = ("/var/lib/dpkg/lock-frontend", "/var/lib/dpkg/lock")
+OUR_UNIT = "opsctl-driver.service"
+FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, pid
+
+
+def pci_devices(root: Path) -> tuple[list[str], int]:
+    """The device ids of NVIDIA's GPUs in PCI order, and how many NVSwitches there are."""
+    gpus, switches = [], 0
+    for device in sorted(root.iterdir()) if root.is_dir() else []:
+        if (device / "vendor").read_text().strip() != NVIDIA:
+            continue
+        kind = (device / "class").read_text().strip()
+        if kind.startswith(DISPLAY):
+            gpus.append((device / "device").read_text().strip().removeprefix("0x"))
+        switches += kind.startswith(BRIDGE)
+    return gpus, switches
+
+
+def packages(listed: str) -> tuple[dict[str, str], list[str]]:
+    """Versions by name, and who is on hold. What is installed by half has its state for a version: to be mended."""
+    installed, held = {}, []
+    for line in listed.splitlines():
+        name, version, want, status = line.split("\t")
+        if status in ("not-installed", "config-files"):
+            continue
+        installed[name] = version if status == "installed" else status
+        if want == "hold":
+            held.append(name)
+    return installed, held
+
+
+def loaded_version(text: str) -> str:
+    """The driver's version in /proc/driver/nvidia/version; empty when there is none."""
+    found = re.search(r"^NVRM version:.*?\b(\d{3,4}\.\d+(?:\.\d+)?)\b", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def dpkg_holder() -> str:
+    """Who works with dpkg, ``apt-get (pid 7, apt-daily.service)``; empty: nobody, or the change of a driver of ours."""
+    for lock in (name for name in LOCKS if Path(name).exists()):
+        with Path(lock).open("rb") as file:
+            asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            kind, _, _, _, pid = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
+        if kind == fcntl.F_UNLCK:
+            continue
+        try:
+            name = Path(f"/proc/{pid}/comm").read_text().strip()
+            units = re.findall(r"[^/\n]+\.(?:service|scope)", Path(f"/proc/{pid}/cgroup").read_text())
+        except OSError:  # it has ended meanwhile
+            continue
+        if OUR_UNIT not in units:
+            return f"{name} (pid {pid}{', ' + units[-1] if units else ''})"
+    return ""
+
+
+def sources_have(kernel: str) -> str:
+    """The stanzas of every version of a package that may belong to a driver."""
+    names = said(["apt-cache", "pkgnames"]).split()
+    wanted = [name for name in sorted(names) if "nvidia" in name or "cuda" in name or name == f"linux-headers-{kernel}"]
+    return said(["apt-cache", "show", "--all-versions", "--", *wanted]) if wanted else ""
+
+
+def said(argv: Sequence[str]) -> str:
+    """What a program prints. dpkg-query's exit status says that one of several patterns fits nothing: no error."""
+    done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False,
+                          env={**os.environ, "LC_ALL": "C.UTF-8"})
+    return done.stdout
+
+
+def main() -> None:
+    kernel = os.uname().release
+    gpus, switches = pci_devices(PCI)
+    installed, held = packages(said(["dpkg-query", "--show", f"--showformat={FIELDS}", *DRIVER_PACKAGES]))
+    version = Path("/proc/driver/nvidia/version")
+    serving = said(["systemctl", "list-units", "--plain", "--no-legend", "--no-pager",
+                    "--state=active,activating,reloading,deactivating", "inference@*.service"])
+    found = {"seen": {
+        "gpus": gpus, "switches": switches, "installed": installed, "held": held,
+        "loaded": loaded_version(version.read_text()) if version.exists() else "",
+        "serving": [line.split()[0] for line in serving.splitlines() if line.split()],
+        "dpkg": dpkg_holder(), "kernel": kernel, "headers": Path(f"/lib/modules/{kernel}/build").exists()}}
+    if sys.argv[1:] == ["upstream"]:
+        found["index_text"] = sources_have(kernel)
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Prints as JSON whether the layers of a driver agree, and whether all GPUs are there: ``{"wrong", "layers", "gpus"}``.
+
+One argument, JSON: ``version``, ``fabric_manager``, ``gpu_uuids`` (may be empty). A driver is right only when the
+module in the kernel, the module on disk, the library and the fabric manager have the same version.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+LOADED = Path("/proc/driver/nvidia/version")
+# A machine of opsctl's lab has no kernel module to ask; its packages write here which one they built.
+LAB_MODULE = Path("/lib/modules/lab/nvidia.version")
+QUERY = ("nvidia-smi", "--query-gpu=driver_version,pci.bus_id,uuid", "--format=csv,noheader")
+FABRIC_UNIT = "nvidia-fabricmanager.service"
+
+
+def judge(wanted: Mapping[str, Any], layers: Mapping[str, str], uuids: Sequence[str]) -> list[str]:
+    """What is wrong, a sentence each. ``layers``: versions by layer, and the state of the fabric manager's unit."""
+    version = wanted["version"]
+    names = {"loaded": "the module in the kernel", "module": "the module on disk", "library": "the library"}
+    if wanted["fabric_manager"]:
+        names["fabric_manager"] = "the fabric manager"
+    wrong = [f"{what} is {layers[layer] or 'not there'} where {version} is wanted"
+             for layer, what in names.items() if layers[layer] != version]
+    if wanted["fabric_manager"] and layers["fabric_unit"] != "active":
+        wrong.append(f"{FABRIC_UNIT} is {layers['fabric_unit'] or 'not there'}")
+    if not wanted["fabric_manager"] and layers["fabric_manager"]:
+        wrong.append("a fabric manager is installed, and there are no NVSwitches for it")
+    missing = [uuid for uuid in wanted["gpu_uuids"] if uuid not in uuids]
+    if missing and layers["library"]:
+        wrong.append(f"{len(missing)} of the {len(wanted['gpu_uuids'])} GPUs in gpu_uuids are missing: "
+                     f"{', '.join(missing)}")
+    return wrong
+
+
+def gpus_of(csv: str) -> list[tuple[str, str, str]]:
+    """Driver version, PCI bus id and UUID of each GPU, in PCI order, from nvidia-smi's lines."""
+    rows = [tuple(word.strip() for word in line.split(",")) for line in csv.splitlines() if line.count(",") == 2]
+    return sorted(((version, bus, uuid) for version, bus, uuid in rows), key=lambda row: row[1])
+
+
+def version_in(text: str) -> str:
+    found = re.search(r"(?<![\w.])(\d{3,4}\.\d+(?:\.\d+)?)(?![\w.])", text)
+    return found[1] if found else ""
+
+
+def said(argv: Sequence[str]) -> tuple[int, str]:
+    """Exit status and words of a program; 127 when there is no such program."""
+    try:
+        done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+                              env={**os.environ, "LC_ALL": "C.UTF-8"})
+    except FileNotFoundError:
+        return 127, ""
+    return done.returncode, done.stdout.strip()
+
+
+def module_on_disk() -> str:
+    status, version = said(["modinfo", "-k", os.uname().release, "-F", "version", "nvidia"])
+    if status == 0 and version_in(version):
+        return version_in(version)
+    return LAB_MODULE.read_text().strip() if LAB_MODULE.exists() else ""
+
+
+def package_version(name: str) -> str:
+    status, version = said(["dpkg-query", "--show", "--showformat=${db:Status-Status} ${Version}", name])
+    installed, _, version = version.partition(" ")
+    return re.sub(r"^\d+:|-[^-]*$", "", version) if status == 0 and installed == "installed" else ""
+
+
+def main() -> None:
+    wanted = json.loads(sys.argv[1])
+    status, listed = said(QUERY)
+    gpus = gpus_of(listed) if status == 0 else []
+    layers = {
+        "loaded": version_in(LOADED.read_text()) if LOADED.exists() else "",
+        "module": module_on_disk(),
+        "library": gpus[0][0] if gpus else "",
+        "library_says": listed if status else "",
+        "fabric_manager": package_version("nvidia-fabricmanager"),
+        "fabric_unit": said(["systemctl", "is-active", FABRIC_UNIT])[1],
+    }
+    found = [uuid for _, _, uuid in gpus]
+    wrong = judge(wanted, layers, found)
+    if status and wrong:
+        wrong.append(f"nvidia-smi says: {' '.join(listed.split())[:200] or 'nothing'}")
+    json.dump({"wrong": wrong, "layers": layers, "gpus": found}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

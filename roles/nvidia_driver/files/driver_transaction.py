@@ -1,0 +1,131 @@
+#!/usr/bin/python3
+"""Brings a host's driver to what opsctl worked out: apt, holds, the module. Runs as opsctl-driver.service.
+
+One argument, JSON: ``transactions`` (``what``, ``install``, ``remove``), ``hold``, and ``load``, the version that the
+kernel is to have. Each transaction is simulated first, and is not begun when apt would do more than it was asked for.
+Every step can be done again, so a run that was cut off is finished by the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+APT = ("apt-get", "-y", "-q", "--no-install-recommends", "--allow-downgrades", "--allow-change-held-packages",
+       "-o", "DPkg::Lock::Timeout=300", "-o", "Dpkg::Options::=--force-confdef",
+       "-o", "Dpkg::Options::=--force-confold")
+STEP = re.compile(r"^(?P<act>Inst|Remv) (?P<name>[^ :]+)(?::\S+)?", re.MULTILINE)
+# What decides whether and how the machine boots: never along with a driver, unless it was named.
+BOOT = re.compile(r"linux-image-|linux-modules-|linux-signed-|grub|shim-|firmware-|intel-microcode|amd64-microcode")
+MODULES = ("nvidia_peermem", "nvidia_uvm", "nvidia_drm", "nvidia_modeset", "nvidia", "nouveau")
+# Who holds the GPUs open, in the order in which they are stopped.
+USERS = ("opsctl-agent.service", "nvidia-dcgm.service", "dcgm-exporter.service", "nvidia-fabricmanager.service",
+         "nvidia-persistenced.service")
+LOADED = Path("/proc/driver/nvidia/version")
+KERNEL_MODULES = Path("/proc/modules")  # a kernel without modules, as some labs have, has no such file
+
+
+def simulated(output: str) -> tuple[set[str], set[str]]:
+    """What apt-get -s says it would install and remove; what it replaces by another version counts as installed."""
+    found: dict[str, set[str]] = {"Inst": set(), "Remv": set()}
+    for match in STEP.finditer(output):
+        found[match["act"]].add(match["name"])
+    return found["Inst"], found["Remv"] - found["Inst"]
+
+
+def refusal(transaction: Mapping[str, Any], output: str) -> str:
+    """Why a transaction is not begun; empty when apt would do what it was asked for."""
+    installs, removes = simulated(output)
+    named = {word.partition("=")[0] for word in transaction["install"]}
+    beyond = sorted(removes - set(transaction["remove"]))
+    if beyond:
+        return f"apt would remove {', '.join(beyond)}, which is none of the driver's."
+    boot = sorted(name for name in installs - named if BOOT.match(name))
+    if boot:
+        return f"apt would change what the machine boots with: {', '.join(boot)}."
+    more = sorted(installs - named) if transaction["what"] == "pin" else []
+    if more:
+        return f"apt would install {', '.join(more)} along with the pin, which has to come alone."
+    return ""
+
+
+def packages_of(transaction: Mapping[str, Any]) -> list[str]:
+    """apt's words for it: ``name=version``, and ``name-`` for what goes."""
+    return [*transaction["install"], *(f"{name}-" for name in transaction["remove"])]
+
+
+def loaded_modules(text: str) -> list[str]:
+    """Of /proc/modules those that must go before another driver can come, in the order in which they can."""
+    there = {line.split()[0] for line in text.splitlines() if line.split()}
+    return [name for name in MODULES if name in there]
+
+
+def is_loaded(version: str) -> bool:
+    text = LOADED.read_text() if LOADED.exists() else ""
+    return re.search(rf"^NVRM version:.* {re.escape(version)} ", text, re.MULTILINE) is not None
+
+
+def reload_module(version: str) -> None:
+    """Puts the module on disk in place of the one in the kernel. One that is in use stays: then it takes a reboot."""
+    active = [unit for unit in USERS if run(["systemctl", "is-active", "--quiet", unit], may_fail=True) == 0]
+    for unit in active:
+        run(["systemctl", "stop", unit])
+    old = loaded_modules(KERNEL_MODULES.read_text() if KERNEL_MODULES.exists() else "")
+    if old:
+        unloaded = run(["modprobe", "-r", *old], may_fail=True) == 0
+    else:  # a driver that is no module of this kernel is a lab's, and its own tool takes it away
+        unloaded = not LOADED.exists() or run(["nvidia-modprobe", "-r"], may_fail=True) == 0
+    if unloaded:
+        run(["nvidia-modprobe"], may_fail=True)
+    for unit in reversed(active):  # also when it takes a reboot: who reboots may be a person, later
+        run(["systemctl", "start", unit], may_fail=True)
+    if not is_loaded(version):
+        say(f"the kernel does not have {version} yet: it takes a reboot")
+
+
+def run(argv: Sequence[str], *, may_fail: bool = False) -> int:
+    say("+ " + " ".join(argv))
+    return subprocess.run(argv, check=not may_fail).returncode
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    wanted = json.loads(sys.argv[1])
+    os.environ.update({"DEBIAN_FRONTEND": "noninteractive", "NEEDRESTART_SUSPEND": "1", "LC_ALL": "C.UTF-8"})
+    try:
+        if wanted["transactions"]:
+            run(["dpkg", "--configure", "-a"], may_fail=True)  # a power cut's; a module that does not build stays so
+        for transaction in wanted["transactions"]:
+            argv = [*APT, "install", "--", *packages_of(transaction)]
+            say("+ apt-get -s: " + " ".join(packages_of(transaction)))
+            done = subprocess.run([*argv[:1], "-s", *argv[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  text=True, check=False)
+            why = refusal(transaction, done.stdout) if done.returncode == 0 else "apt cannot do it:\n" + done.stdout
+            if why:
+                say(f"{transaction['what']}: {why}")
+                return 1
+            run(argv)
+        if wanted["hold"]:
+            run(["apt-mark", "hold", *wanted["hold"]])
+        if wanted["load"] and not is_loaded(wanted["load"]):
+            reload_module(wanted["load"])
+    except subprocess.CalledProcessError as error:
+        say(f"{error.cmd[0]} failed with exit status {error.returncode}")
+        if wanted["hold"]:  # half of a driver is nobody else's business either
+            run(["apt-mark", "hold", *wanted["hold"]], may_fail=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

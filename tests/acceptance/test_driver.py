@@ -1,0 +1,86 @@
+"""What holds for the driver of a host's GPUs: one version in every layer, on hold, and every GPU there."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from opsctl.fleet.model import Host
+from opsctl.fleet.placements import gpu_uuids
+from opsctl.resources import resource
+from opsctl.verifying import Wrong
+
+RECORD = "/etc/opsctl/driver.json"
+PROGRAM = "roles/nvidia_driver/files/driver_layers.py"
+FORMAT = "${Package} ${db:Status-Want} ${db:Status-Status} ${Version}\n"
+
+
+@pytest.mark.of("host", "has the driver of the inventory in kernel, module file, library and fabric manager")
+def test_layers(provisioned) -> None:
+    wrong = _layers(provisioned, [])["wrong"]
+    if wrong:
+        raise Wrong(f"driver {_version(provisioned.host)} in every layer", "; ".join(wrong))
+
+
+@pytest.mark.of("host", "holds every package of its driver at that version")
+def test_holds(provisioned) -> None:
+    record = _record(provisioned)
+    names = [record["pin"], *record["packages"]]
+    listed = provisioned.run(["dpkg-query", "--show", f"--showformat={FORMAT}", *names]).stdout
+    found = {name: (want, status, version) for name, want, status, version in
+             (line.split(" ", 3) for line in listed.splitlines())}
+    loose = [name for name in names if found.get(name, ("", "", ""))[:2] != ("hold", "installed")]
+    if loose:
+        raise Wrong("every package of the driver installed and on hold", f"not so: {', '.join(loose)}")
+    other = {name: found[name][2] for name, version in record["packages"].items() if found[name][2] != version}
+    if other:
+        raise Wrong(f"packages of {record['version']}", ", ".join(f"{name} {other[name]}" for name in other))
+
+
+@pytest.mark.of("host", "has the GPUs of gpu_uuids, in PCI order")
+def test_gpus(provisioned) -> None:
+    wanted = list(gpu_uuids(provisioned.host))
+    if not _version(provisioned.host):
+        pytest.skip("the inventory names no nvidia_driver_version for it")
+    if not wanted:
+        pytest.skip("the inventory names no gpu_uuids for it")
+    found = _layers(provisioned, wanted)["gpus"]
+    missing = [uuid for uuid in wanted if uuid not in found]
+    if missing:
+        raise Wrong(f"{len(wanted)} GPUs", f"{len(found)}; missing: {', '.join(missing)}",
+                    f"opsctl exec --limit {provisioned.host.name} -- nvidia-smi -L shows what is there")
+    if [uuid for uuid in found if uuid in wanted] != wanted:
+        raise Wrong(f"gpu_uuids in PCI order: {', '.join(uuid for uuid in found if uuid in wanted)}", ", ".join(wanted),
+                    "correct the order of gpu_uuids: GPUs are dealt to instances by it")
+
+
+def _version(host: Host) -> str:
+    return str(host.variables.get("nvidia_driver_version", "") or "")
+
+
+def _record(asked) -> dict[str, Any]:
+    """What the role wrote down; skips hosts whose driver is not opsctl's."""
+    version = _version(asked.host)
+    if not version:
+        pytest.skip("the inventory names no nvidia_driver_version for it")
+    file = asked.machine.file(RECORD)
+    if not file.exists:
+        raise Wrong(f"driver {version}", f"no {RECORD}: the host was never given a driver")
+    record: dict[str, Any] = json.loads(file.content_string)
+    if record["version"] != version:
+        raise Wrong(f"driver {version}", f"{record['version']}, of the last provision")
+    return record
+
+
+def _layers(asked, uuids: list[str]) -> dict[str, Any]:
+    record = _record(asked)
+    wanted = {"version": record["version"], "fabric_manager": record["fabric_manager"], "gpu_uuids": uuids}
+    folder, _, path = PROGRAM.partition("/")
+    text = (resource(folder) / path).read_text(encoding="utf-8")
+    done = asked.run(["/usr/bin/python3", "-c", text, json.dumps(wanted)])
+    if done.rc:
+        raise Wrong("an answer about the driver", (done.stderr.strip().splitlines() or ["none"])[-1])
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found

@@ -1,0 +1,309 @@
+"""Drivers in the bundle: a tiny vendor's repository, signed with its own key, and a real apt on both sides."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from opsctl.bundle.build import Built, build_bundle
+from opsctl.bundle.closure import Closure, Deb, download_closure
+from opsctl.bundle.drivers import download_drivers, driver_names
+from opsctl.bundle.keys import checking, dearmor, make_bundle_key, signing
+from opsctl.bundle.process import run
+from opsctl.bundle.repository import write_repository
+from opsctl.bundle.sums import digest
+from opsctl.bundle.vendor_sources import read_vendor_sources
+from opsctl.engines.events import discard
+from opsctl.errors import ConfigurationError, RefusedError
+from opsctl.fleet.gpus import WantedDriver
+from opsctl.resources import resource
+from opsctl.stack.driver import Course, Seen, course, desired
+from opsctl.stack.fit import Wish
+from opsctl.stack.index import parse_index
+
+MISSING = [name for name in ("apt-get", "apt-ftparchive", "dpkg-deb", "gpg", "gpgv") if shutil.which(name) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not on this machine: {', '.join(MISSING)}")
+NAMES = driver_names(resource("roles"))
+VERSIONS = ("580.126.09", "595.71.05")
+HOLDABLE = {"libcuda1", "nvidia-driver-cuda", "nvidia-kernel-open-dkms", "nvidia-modprobe", "nvidia-persistenced"}
+
+
+def vendor_packages() -> list[tuple[str, str, str]]:
+    """(name, version, more fields) with the relations of NVIDIA's packages."""
+    found = []
+    for driver in VERSIONS:
+        version = f"{driver}-1+test"
+        other = {"nvidia-kernel-open-dkms": "nvidia-kernel-dkms", "nvidia-kernel-dkms": "nvidia-kernel-open-dkms"}
+        found += [
+            (f"nvidia-driver-pinning-{driver}", version, "Provides: pin\nConflicts: pin\n"),
+            ("nvidia-driver-cuda", version,
+             f"Depends: libcuda1 (= {version}), nvidia-persistenced (>= {driver}), "
+             f"nvidia-kernel-open-dkms (= {version}) | nvidia-kernel-dkms (= {version})\n"),
+            *((name, version, f"Conflicts: {without}\nDepends: nvidia-modprobe (>= 352), build-tool\n")
+              for name, without in other.items()),
+            *((name, version, "") for name in ("libcuda1", "nvidia-modprobe", "nvidia-persistenced")),
+            ("nvidia-fabricmanager", version, f"Depends: nvidia-driver-cuda (= {version})\n"),
+        ]
+    return found
+
+
+@dataclass
+class Site:
+    """An operator's machine with a Debian mirror, a vendor's repository, and a fleet that names both versions."""
+
+    root: Path
+
+    @property
+    def fleet(self) -> Path:
+        return self.root / "fleet"
+
+    def inventory(self, text: str) -> Path:
+        (self.fleet / "inventory.ini").write_text(text, encoding="utf-8")
+        return self.fleet / "inventory.ini"
+
+    def build(self, inventory: str) -> Built:
+        return build_bundle(self.fleet, self.fleet / "bundle", discard, inventory=self.inventory(inventory),
+                            packages=("tiny",), locks=())
+
+    def pool(self) -> set[str]:
+        return {path.name for path in (self.fleet / "bundle/apt/pool").rglob("*.deb")}
+
+    def index(self) -> str:
+        return (self.fleet / "bundle/apt/dists/bookworm/main/binary-amd64/Packages").read_text()
+
+
+def deb(root: Path, name: str, version: str, fields: str) -> Path:
+    tree = root / "trees" / f"{name}-{version}"
+    (tree / "DEBIAN").mkdir(parents=True, exist_ok=True)
+    (tree / "DEBIAN/control").write_text(
+        f"Package: {name}\nVersion: {version}\nArchitecture: amd64\nMaintainer: nobody <nobody@localhost>\n"
+        f"{fields}Description: a tiny package\n", encoding="utf-8")
+    path = root / "debs" / f"{name}_{version}_amd64.deb"
+    path.parent.mkdir(exist_ok=True)
+    done = run(["dpkg-deb", "--root-owner-group", "-Znone", "--build", str(tree), str(path)])
+    assert done.returncode == 0, done.stderr.decode()
+    return path
+
+
+def publish(root: Path, name: str, debs: list[Path]) -> None:
+    make_bundle_key(root / f"{name}-key", root / f"{name}.asc")
+    files = tuple(Deb(path.name, path.stat().st_size, "sha256", digest(path)) for path in debs)
+    closure = Closure(files, root / "debs")
+    with signing(root / f"{name}-key") as signer, checking(root / f"{name}.asc") as checker:
+        write_repository(root / name, closure, signer, previous=root / "none", checker=checker)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("drivers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(root / "index"))
+        publish(root, "mirror", [deb(root, "tiny", "1", ""), deb(root, "build-tool", "12", ""),
+                                 deb(root, "linux-headers-amd64", "6.1", "")])
+        publish(root, "vendor", [deb(root, *package) for package in vendor_packages()])
+    make_bundle_key(root / "fleet/keys/bundle", root / "fleet/trust/bundle.asc")
+    return root
+
+
+@pytest.fixture
+def site(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    root = Path(shutil.copytree(model, tmp_path / "site"))
+    (root / "mirror.gpg").write_bytes(dearmor((root / "mirror.asc").read_text()))
+    (root / "machine.list").write_text(f"deb [signed-by={root / 'mirror.gpg'}] file:{root / 'mirror'} bookworm main\n")
+    (root / "apt.conf").write_text(f'Dir::Etc::sourcelist "{root / "machine.list"}";\n'
+                                   f'Dir::Etc::sourceparts "{root / "nothing"}";\n')
+    (root / "fleet/sources.d").mkdir()
+    shutil.copy(root / "vendor.asc", root / "fleet/sources.d/nvidia.asc")
+    (root / "fleet/sources.d/nvidia.sources").write_text(
+        f"Types: deb\nURIs: file:{root / 'vendor'}\nSuites: bookworm\nComponents: main\n"
+        "Signed-By: sources.d/nvidia.asc\n")
+    monkeypatch.setenv("APT_CONFIG", str(root / "apt.conf"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(root / "cache"))
+    return Site(root)
+
+
+BOTH = """\
+[gpu]
+gpu-1 nvidia_driver_version=595.71.05 gpu_model=H200
+[all:vars]
+nvidia_driver_bundle_versions=["580.126.09"]
+"""
+
+
+def test_a_fleet_without_drivers_gets_what_it_always_got(site: Site) -> None:
+    site.build("[gpu]\ngpu-1\n")
+    assert site.pool() == {"tiny_1_amd64.deb"}
+
+
+def test_both_versions_lie_side_by_side_with_what_they_need(site: Site) -> None:
+    site.build(BOTH)
+    family = {"nvidia-fabricmanager", *HOLDABLE}
+    assert site.pool() == {
+        "tiny_1_amd64.deb", "build-tool_12_amd64.deb", "linux-headers-amd64_6.1_amd64.deb",
+        *(f"nvidia-driver-pinning-{version}_{version}-1+test_amd64.deb" for version in VERSIONS),
+        *(f"{name}_{version}-1+test_amd64.deb" for name in family for version in VERSIONS)}
+    assert not site.build(BOTH).changed
+
+
+def test_both_modules_where_nobody_knows_the_gpus(site: Site) -> None:
+    site.build("[gpu]\ngpu-1 nvidia_driver_version=580.126.09 nvidia_driver_own='[]'\n")
+    assert {"nvidia-kernel-open-dkms_580.126.09-1+test_amd64.deb",
+            "nvidia-kernel-dkms_580.126.09-1+test_amd64.deb"} <= site.pool()
+    assert not [name for name in site.pool() if "595" in name or "headers" in name]
+
+
+def test_a_version_that_the_vendor_does_not_have(site: Site) -> None:
+    with pytest.raises(RefusedError) as caught:
+        site.build("[gpu]\ngpu-1 nvidia_driver_version=580.127.05\n")
+    assert caught.value.code == "bundle.no_such_driver"
+    assert "nvidia_driver_version=580.127.05 of gpu-1; the nearest that they have: 580.126.09" in caught.value.message
+
+
+def test_a_fleet_without_a_vendors_source(site: Site) -> None:
+    shutil.rmtree(site.fleet / "sources.d")
+    with pytest.raises(RefusedError) as caught:
+        site.build(BOTH)
+    assert caught.value.code == "bundle.no_vendor_source"
+
+
+def test_another_key_is_not_believed(site: Site) -> None:
+    shutil.copy(site.root / "mirror.asc", site.fleet / "sources.d/nvidia.asc")
+    with pytest.raises(RefusedError) as caught:
+        site.build(BOTH)
+    assert caught.value.code == "bundle.sources_unreachable"
+
+
+def test_a_flat_repository_and_a_key_in_the_file(site: Site) -> None:
+    flat = site.root / "flat"
+    flat.mkdir()
+    for path in (site.root / "vendor").rglob("*.deb"):
+        shutil.copy(path, flat)
+    packages = run(["apt-ftparchive", "packages", "."], cwd=flat).stdout
+    (flat / "Packages").write_bytes(packages)
+    release = run(["apt-ftparchive", "release", "."], cwd=flat).stdout
+    with signing(site.root / "vendor-key") as signer:
+        (flat / "InRelease").write_bytes(signer.clear(release))
+    key = "\n".join(f" {line or '.'}" for line in (site.root / "vendor.asc").read_text().splitlines())
+    (site.fleet / "sources.d/nvidia.sources").write_text(
+        f"Types: deb\nURIs: file:{flat}\nSuites: ./\nSigned-By:\n{key}\n")
+    wanted = WantedDriver("580.126.09", ("open",), ("gpu-1",), ())
+    closure = download_drivers((wanted,), NAMES, site.fleet, discard)[0]
+    assert "libcuda1_580.126.09-1+test_amd64.deb" in {one.name for one in closure.debs}
+
+
+GOOD = "Types: deb\nURIs: https://vendor.example/x\nSuites: /\n"
+
+
+@pytest.mark.parametrize(("name", "text", "named"), [
+    ("a.sources", GOOD, "no Signed-By"),
+    ("a.sources", f"{GOOD}Signed-By: sources.d/a.asc\nTrusted: yes\n", "Trusted: yes"),
+    ("a.sources", f"{GOOD}Signed-By: sources.d/a.asc\nAllow-Insecure: yes\n", "Allow-Insecure: yes"),
+    ("a.sources", f"{GOOD}Signed-By: /usr/share/keyrings/a.gpg\n", "Signed-By: /usr/share/keyrings/a.gpg"),
+    ("a.sources", f"{GOOD}Signed-By: ../a.asc\n", "Signed-By: ../a.asc"),
+    ("a.sources", f"{GOOD}Signed-By: sources.d/text.asc\n", "no OpenPGP public key"),
+    ("a.sources", "Types: deb\nURIs: https://vendor.example\nSuites: stable\nSigned-By: x\n", "Suites: stable"),
+    ("a.sources", "Types: deb\nURIs: vendor\nSuites: /\nSigned-By: x\n", "URIs: vendor"),
+    ("a.list", "deb [trusted=yes] https://vendor.example /\n", "old format")])
+def test_a_source_that_hosts_must_not_trust(tmp_path: Path, name: str, text: str, named: str) -> None:
+    (tmp_path / "sources.d").mkdir()
+    (tmp_path / "sources.d/text.asc").write_text("no key\n")
+    (tmp_path / "sources.d" / name).write_text(text)
+    with pytest.raises(ConfigurationError) as caught:
+        read_vendor_sources(tmp_path)
+    assert caught.value.code == "bundle.bad_source"
+    assert caught.value.message.startswith(f"{tmp_path}/sources.d/{name} ")
+    assert named in caught.value.message
+
+
+def test_what_is_switched_off_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "sources.d").mkdir()
+    (tmp_path / "sources.d/a.sources").write_text(f"Enabled: no\n{GOOD}\n\nTypes: deb-src\nURIs: x\n")
+    (tmp_path / "sources.d/README").write_text("words\n")
+    assert read_vendor_sources(tmp_path) == ()
+
+
+class Machine:
+    """A host's apt that only simulates: the bundle as its one source, and a dpkg status that the test writes."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._root = site.root / "host"
+        for directory in ("lists/partial", "cache/archives/partial", "sources", "preferences"):
+            (self._root / directory).mkdir(parents=True)
+        (self._root / "status").touch()
+        (self._root / "sources/opsctl.sources").write_text(
+            f"Types: deb\nURIs: file:{site.fleet / 'bundle/apt'}\nSuites: bookworm\nComponents: main\n"
+            f"Signed-By: {site.fleet / 'trust/bundle.asc'}\n")
+        assert self.apt("update").endswith("rc=0\n")
+
+    def apt(self, *arguments: str) -> str:
+        options = {"Dir::State": self._root, "Dir::State::lists": self._root / "lists",
+                   "Dir::State::status": self._root / "status",
+                   "Dir::State::extended_states": self._root / "extended", "Dir::Cache": self._root / "cache",
+                   "Dir::Etc::sourcelist": os.devnull, "Dir::Etc::sourceparts": self._root / "sources",
+                   "Dir::Etc::preferencesparts": self._root / "preferences", "APT::Architecture": "amd64",
+                   "APT::Sandbox::User": "root", "Debug::NoLocking": "1"}
+        done = run(["apt-get", *(word for key, value in options.items() for word in ("-o", f"{key}={value}")),
+                    *arguments])
+        return (done.stdout + done.stderr).decode() + f"\nrc={done.returncode}\n"
+
+    def has(self, packages: dict[str, str]) -> None:
+        """These are installed, and on hold."""
+        index = {tuple(re.findall("^(?:Package|Version): (.+)$", stanza, re.MULTILINE)): stanza
+                 for stanza in self._site.index().strip().split("\n\n")}
+        stanzas = [index[name, version].replace("\nVersion", "\nStatus: hold ok installed\nVersion", 1)
+                   for name, version in packages.items()]
+        (self._root / "status").write_text("\n\n".join(stanzas) + "\n")
+
+
+def transactions() -> object:
+    path = resource("roles") / "nvidia_driver/files/driver_transaction.py"
+    spec = importlib.util.spec_from_file_location("driver_transaction", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("before", "after"), [("580.126.09", "595.71.05"), ("595.71.05", "580.126.09")])
+def test_a_hosts_apt_goes_up_and_down_with_everything_held(site: Site, before: str, after: str) -> None:
+    """Both transactions as the role runs them: apt, the host's packages and holds are real, the installing is not."""
+    site.build(BOTH)
+    machine, program, index = Machine(site), transactions(), parse_index(site.index())
+
+    def bring(version: str, seen: Seen) -> tuple[dict[str, str], Course]:
+        names = driver_names(resource("roles"))
+        want = desired(Wish("gpu-1", version), seen, names, index)
+        return {want.pin: f"{version}-1+test", **want.packages, "build-tool": "12", "linux-headers-amd64": "6.1"}, \
+            course(want, seen, index)
+
+    installed, _ = bring(before, Seen(("2335",)))
+    machine.has(installed)
+    wanted, change = bring(after, Seen(("2335",), installed=installed, held=frozenset(installed), loaded=before))
+    simulated = {}
+    for one in change.transactions:
+        asked = {"what": one.what, "install": one.install, "remove": one.remove}
+        argv = program.APT[1:]  # type: ignore[attr-defined]
+        output = machine.apt("-s", *argv, "install", "--", *program.packages_of(asked))  # type: ignore[attr-defined]
+        assert output.endswith("rc=0\n"), output
+        assert program.refusal(asked, output) == "", output  # type: ignore[attr-defined]
+        simulated[one.what] = program.simulated(output)  # type: ignore[attr-defined]
+        if one.what == "pin":
+            machine.has({**{name: version for name, version in installed.items() if "pinning" not in name},
+                         f"nvidia-driver-pinning-{after}": f"{after}-1+test"})
+    assert simulated["pin"] == ({f"nvidia-driver-pinning-{after}"}, {f"nvidia-driver-pinning-{before}"})
+    assert simulated["driver"] == ({"nvidia-fabricmanager", *HOLDABLE}, set())
+    machine.has(wanted)
+    assert bring(after, Seen(("2335",), installed=wanted, held=frozenset(wanted), loaded=after))[1].transactions == ()
+
+
+def test_a_bundle_without_drivers_does_not_ask_the_vendor(site: Site) -> None:
+    shutil.rmtree(site.root / "vendor")
+    site.build("[gpu]\ngpu-1\n")
+    assert download_closure(("tiny",), discard).debs

@@ -1,0 +1,215 @@
+"""What the role nvidia_driver runs on hosts, on recorded outputs and on a real apt that only simulates."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from rendering import render
+
+from opsctl.resources import resource
+
+FILES = resource("roles") / "nvidia_driver" / "files"
+VERSION = """\
+NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.126.09  Release Build  (dvs-builder@U22)
+GCC version:  gcc version 12.2.0 (Debian 12.2.0-14+deb12u1)
+"""
+
+
+def program(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, FILES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pci(root: Path, address: str, vendor: str, kind: str, device: str) -> None:
+    (root / address).mkdir(parents=True)
+    for name, value in (("vendor", vendor), ("class", kind), ("device", device)):
+        (root / address / name).write_text(f"{value}\n")
+
+
+class TestFacts:
+    facts = program("driver_facts")
+
+    def test_gpus_in_pci_order_and_switches(self, tmp_path: Path) -> None:
+        for bus in ("3b", "1a", "9c", "5d", "bb", "4f"):
+            pci(tmp_path, f"0000:{bus}:00.0", "0x10de", "0x030200", f"0x20{bus}")
+        pci(tmp_path, "0000:0a:00.0", "0x10de", "0x068000", "0x22a3")
+        pci(tmp_path, "0000:3b:00.1", "0x10de", "0x040300", "0x22ba")  # a GPU's audio device is none
+        pci(tmp_path, "0000:00:02.0", "0x8086", "0x030000", "0x46a6")
+        assert self.facts.pci_devices(tmp_path) == (["201a", "203b", "204f", "205d", "209c", "20bb"], 1)
+        assert self.facts.pci_devices(tmp_path / "none") == ([], 0)
+
+    def test_packages_by_their_states(self) -> None:
+        listed = ("nvidia-driver-cuda\t580.126.09-1+lab\thold\tinstalled\n"
+                  "nvidia-old\t550.1.1-1\tdeinstall\tconfig-files\n"
+                  "nvidia-kernel-open-dkms\t580.126.09-1+lab\thold\thalf-configured\nlibcuda1\t\tunknown\tnot-installed\n")
+        assert self.facts.packages(listed) == (
+            {"nvidia-driver-cuda": "580.126.09-1+lab", "nvidia-kernel-open-dkms": "half-configured"},
+            ["nvidia-driver-cuda", "nvidia-kernel-open-dkms"])
+
+    @pytest.mark.parametrize(("text", "version"), [
+        (VERSION, "580.126.09"),
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.309.01  Mon Aug 3\n", "535.309.01"),
+        ("", "")])
+    def test_the_loaded_version(self, text: str, version: str) -> None:
+        assert self.facts.loaded_version(text) == version
+
+    def test_who_holds_dpkgs_lock_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        lock = tmp_path / "lock"
+        lock.touch()
+        monkeypatch.setattr(self.facts, "LOCKS", (str(lock),))
+        assert self.facts.dpkg_holder() == ""
+        holding = ("import fcntl, struct, sys; file = open(sys.argv[1], 'r+b'); "
+                   "fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()")
+        with subprocess.Popen([sys.executable, "-c", holding, lock], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE) as other:
+            assert other.stdout is not None and other.stdout.readline() == b"held\n"
+            said = self.facts.dpkg_holder()
+            other.communicate()
+        assert f"(pid {other.pid}" in said
+
+    @pytest.mark.skipif(shutil.which("dpkg-query") is None, reason="not a Debian")
+    def test_a_question_the_decision_understands(self) -> None:
+        """Both programs for real, on this machine, which has no GPU or one: an answer in any case."""
+        done = subprocess.run([sys.executable, "-"], input=(FILES / "driver_facts.py").read_text(), text=True,
+                              capture_output=True, check=True)
+        names = {"exact": ["a"], "open": ["b"], "proprietary": ["c"], "fabric": ["d"], "own": []}
+        wish = {"host": "here", "version": "580.126.09", "flavour": "", "fabric_manager": "auto", "gpu_model": ""}
+        asked = {"wish": wish, "names": names, "index": "/nowhere", **json.loads(done.stdout)}
+        answered = subprocess.run([sys.executable, "-m", "opsctl.stack"], input=json.dumps(asked), text=True,
+                                  capture_output=True, check=True)
+        assert json.loads(answered.stdout)["code"].startswith("driver.no_")
+
+
+SIMULATED = """\
+Reading package lists...
+Remv nvidia-driver-pinning-595.71.05 [595.71.05-1+lab]
+Inst nvidia-driver-pinning-580.126.09 (580.126.09-1+lab opsctl:bookworm [amd64])
+Conf nvidia-driver-pinning-580.126.09 (580.126.09-1+lab opsctl:bookworm [amd64])
+"""
+DRIVER = {"what": "driver", "install": ["nvidia-driver-cuda=580.126.09-1", "linux-headers-amd64"], "remove": ["old1"]}
+
+
+class TestTransaction:
+    transaction = program("driver_transaction")
+
+    def test_the_swap_of_pins_is_what_was_asked_for(self) -> None:
+        swap = {"what": "pin", "install": ["nvidia-driver-pinning-580.126.09"],
+                "remove": ["nvidia-driver-pinning-595.71.05"]}
+        assert self.transaction.refusal(swap, SIMULATED) == ""
+        assert self.transaction.packages_of(swap) == ["nvidia-driver-pinning-580.126.09",
+                                                      "nvidia-driver-pinning-595.71.05-"]
+
+    @pytest.mark.parametrize(("output", "named"), [
+        ("Remv haproxy [2.6]\n", "remove haproxy"),
+        ("Inst linux-image-6.1.0-56-amd64 (6.1.1 x [amd64])\n", "linux-image-6.1.0-56-amd64"),
+        ("Inst firmware-misc-nonfree [1] (2 x [all])\n", "firmware-misc-nonfree"),
+        ("Inst grub-common:amd64 [1] (2 x [all])\n", "grub-common")])
+    def test_more_than_was_asked_for_is_refused(self, output: str, named: str) -> None:
+        assert named in self.transaction.refusal(DRIVER, output)
+
+    @pytest.mark.parametrize("output", [
+        "Inst nvidia-driver-cuda (580.126.09-1 x [amd64])\nInst linux-headers-6.1.0-56-amd64 (6 x [amd64])\n",
+        "Remv old1 [1]\n", "Inst dkms (3 x [all])\nInst gcc-12 (12 x [amd64])\n", ""])
+    def test_what_a_driver_needs_is_let_in(self, output: str) -> None:
+        assert self.transaction.refusal(DRIVER, output) == ""
+
+    def test_what_goes_to_come_back_in_another_version_is_not_removed(self) -> None:
+        output = "Remv libcuda1 [595.71.05-1]\nInst libcuda1 [595.71.05-1] (580.126.09-1 x [amd64])\n"
+        assert self.transaction.simulated(output) == ({"libcuda1"}, set())
+
+    def test_nothing_comes_with_a_pin(self) -> None:
+        swap = {"what": "pin", "install": ["pin"], "remove": []}
+        output = "Inst pin (1 x [all])\nInst nvidia-driver-cuda (1)\n"
+        assert "nvidia-driver-cuda" in self.transaction.refusal(swap, output)
+
+    def test_modules_go_before_those_they_rest_on(self) -> None:
+        text = "nvidia 1 2 nvidia_uvm, Live\nnvidia_uvm 1 0 - Live\nnvidia_wmi_ec_backlight 1 0\next4 1 0\n"
+        assert self.transaction.loaded_modules(text) == ["nvidia_uvm", "nvidia"]
+
+    def test_the_module_in_the_kernel_is_compared_whole(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "version").write_text(VERSION)
+        monkeypatch.setattr(self.transaction, "LOADED", tmp_path / "version")
+        assert self.transaction.is_loaded("580.126.09")
+        assert not self.transaction.is_loaded("580.126")
+        monkeypatch.setattr(self.transaction, "LOADED", tmp_path / "none")
+        assert not self.transaction.is_loaded("580.126.09")
+
+    @pytest.mark.parametrize(("apt", "status", "said", "called"), [
+        ("echo 'Remv haproxy [2.6]'", 1, "driver: apt would remove haproxy", ["dpkg --configure", "apt-get -s"]),
+        ("[ $1 = -s ] || exit 100", 1, "apt-get failed with exit status 100",
+         ["dpkg --configure", "apt-get -s", "apt-get -y", "apt-mark hold"]),
+        ("exit 100", 1, "driver: apt cannot do it", ["dpkg --configure", "apt-get -s"]),
+        ("", 0, "", ["dpkg --configure", "apt-get -s", "apt-get -y", "apt-mark hold"])])
+    def test_what_is_run(self, tmp_path: Path, apt: str, status: int, said: str, called: list[str]) -> None:
+        """The program itself, with stand-ins for the system's own."""
+        for name, body in (("dpkg", ""), ("apt-mark", ""), ("apt-get", apt)):
+            (tmp_path / name).write_text(f"#!/bin/sh\necho {name} \"$@\" >> {tmp_path}/log\n{body}\n")
+            (tmp_path / name).chmod(0o755)
+        asked = {"transactions": [DRIVER], "hold": ["nvidia-driver-cuda"], "load": ""}
+        done = subprocess.run([sys.executable, FILES / "driver_transaction.py", json.dumps(asked)], text=True,
+                              capture_output=True, check=False, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+        assert done.returncode == status
+        assert said in done.stdout
+        assert [" ".join(line.split()[:2]) for line in (tmp_path / "log").read_text().splitlines()] == called
+
+
+WANTED = {"version": "580.126.09", "fabric_manager": True, "gpu_uuids": ["GPU-a", "GPU-b"]}
+RIGHT = {"loaded": "580.126.09", "module": "580.126.09", "library": "580.126.09", "fabric_manager": "580.126.09",
+         "fabric_unit": "active"}
+
+
+class TestLayers:
+    layers = program("driver_layers")
+
+    def test_all_is_well(self) -> None:
+        assert self.layers.judge(WANTED, RIGHT, ["GPU-a", "GPU-b", "GPU-c"]) == []
+        pcie = {**WANTED, "fabric_manager": False}
+        none = {**RIGHT, "fabric_manager": "", "fabric_unit": "inactive"}
+        assert self.layers.judge(pcie, none, ["GPU-a", "GPU-b"]) == []
+
+    @pytest.mark.parametrize(("differs", "uuids", "named"), [
+        ({"loaded": "595.71.05"}, None, "the module in the kernel is 595.71.05"),
+        ({"module": ""}, None, "the module on disk is not there"),
+        ({"library": "595.71.05"}, None, "the library is 595.71.05"),
+        ({"fabric_manager": "580.159.04"}, None, "the fabric manager is 580.159.04"),
+        ({"fabric_unit": "failed"}, None, "nvidia-fabricmanager.service is failed"),
+        ({}, ["GPU-b"], "1 of the 2 GPUs in gpu_uuids are missing: GPU-a")])
+    def test_each_layer_is_named(self, differs: dict[str, str], uuids: list[str] | None, named: str) -> None:
+        wrong = self.layers.judge(WANTED, {**RIGHT, **differs}, uuids or ["GPU-a", "GPU-b"])
+        assert len(wrong) == 1
+        assert named in wrong[0]
+
+    def test_a_fabric_manager_where_there_is_no_fabric(self) -> None:
+        assert "no NVSwitches" in self.layers.judge({**WANTED, "fabric_manager": False}, RIGHT, ["GPU-a", "GPU-b"])[0]
+
+    def test_gpus_in_pci_order(self) -> None:
+        csv = "580.126.09, 00000000:3B:00.0, GPU-a\n580.126.09, 00000000:1A:00.0, GPU-b\n"
+        assert [uuid for _, _, uuid in self.layers.gpus_of(csv)] == ["GPU-b", "GPU-a"]
+
+    def test_a_machine_without_any_of_it_is_told_in_full(self) -> None:
+        done = subprocess.run([sys.executable, "-", json.dumps(WANTED)], text=True, capture_output=True, check=True,
+                              input=(FILES / "driver_layers.py").read_text(), env={"PATH": "/nowhere"})
+        wrong = json.loads(done.stdout)["wrong"]
+        assert "the library is not there where 580.126.09 is wanted" in wrong
+        assert wrong[-1] == "nvidia-smi says: nothing"
+
+
+def test_unattended_upgrades_are_kept_away() -> None:
+    known = yaml.safe_load((FILES.parent / "vars/main.yml").read_text())["nvidia_driver_not_unattended"]
+    text = render("roles/nvidia_driver/templates/51opsctl-nvidia.j2", nvidia_driver_not_unattended=known)
+    assert '  "nvidia-";\n  "libnvidia-";\n' in text
+    if shutil.which("apt-config"):
+        done = subprocess.run(["apt-config", "-c", "/dev/stdin", "dump", "Unattended-Upgrade"], input=text, text=True,
+                              capture_output=True, check=True)
+        assert done.stdout.count("Package-Blacklist:: ") == len(known)
