@@ -63,7 +63,7 @@ def inventory(tmp_path: Path) -> Path:
 ])
 def test_the_exit_code(inventory: Path, monkeypatch: pytest.MonkeyPatch, found: list[Row], silent: tuple[str, ...],
                        options: list[str], exit_code: int, says: str) -> None:
-    monkeypatch.setattr("opsctl.status.look_closely", lambda _fleet, _hosts: (found, silent))
+    monkeypatch.setattr("opsctl.status.look", lambda _fleet, _hosts: (found, silent))
     said = CliRunner().invoke(main.app, ["status", str(inventory), *options])
     assert (said.exit_code, says in said.stderr) == (exit_code, True), said.stderr
     assert says == "" or says not in said.stdout
@@ -72,7 +72,7 @@ def test_the_exit_code(inventory: Path, monkeypatch: pytest.MonkeyPatch, found: 
 def test_the_document_says_what_is_wrong_with_and_without_it(inventory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def look(_fleet: Fleet, _hosts: object) -> tuple[list[Row], tuple[str, ...]]:
         return [row("behind")], ()
-    monkeypatch.setattr("opsctl.status.look_closely", look)
+    monkeypatch.setattr("opsctl.status.look", look)
     for options, exit_code in (([], 0), (["--strict"], 9)):
         said = CliRunner().invoke(main.app, ["status", str(inventory), "--json", *options])
         assert said.exit_code == exit_code

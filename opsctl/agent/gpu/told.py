@@ -43,7 +43,7 @@ def device(gpu: Mapping[str, Any], xids: Xids, owners: Mapping[str, str]) -> dic
         "power_limit_w": gpu.get("power_limits_w", {}).get("enforced") if gpu["state"] == "ok" else None,
         "utilisation_percent": gpu.get("utilisation_percent"), "memory_used_mib": gpu.get("memory_used_mib"),
         "memory_total_mib": gpu.get("memory_total_mib"), "reasons": reasons.words(gpu.get("reasons", 0)),
-        "xids": xids.recent(gpu.get("pci", "")), "instance": owners.get(uuid, ""),
+        "xids": xids.recent(gpu.get("pci", ""), time.time()), "instance": owners.get(uuid, ""),
     }
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 SAME_S = 5.0  # between the two tellings of one error
-RECENT = 5  # that opsctl-host state tells of a GPU
+RECENT = 5  # that opsctl-host state tells of a GPU: of the last day
+DAY_S = 24 * 3600.0
 
 
 @dataclass
@@ -53,7 +54,8 @@ class Xids:
     def addresses(self) -> set[str]:
         return {pci for pci, _ in self._counts}
 
-    def recent(self, pci: str) -> list[dict[str, float | int]]:
-        """The newest first: ``{"xid", "count", "at"}``."""
+    def recent(self, pci: str, now: float) -> list[dict[str, float | int]]:
+        """The newest first: ``{"xid", "count", "at"}``; ``now`` and ``at`` are seconds since 1970."""
         found = sorted(self.of(pci).items(), key=lambda item: -item[1].at)[:RECENT]
+        found = [(xid, one) for xid, one in found if now - one.at <= DAY_S]
         return [{"xid": xid, "count": one.count, "at": one.at} for xid, one in found]
