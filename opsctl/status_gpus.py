@@ -30,6 +30,7 @@ class Line:
     memory: str = ""
     note: str = ""
     level: str = "good"
+    instance: str = ""  # of one GPU
 
 
 def gpus_of(states: States) -> dict[str, dict[str, Any]]:
@@ -56,7 +57,7 @@ def lines(gpus: Mapping[str, Mapping[str, Any]], *, each: bool = False) -> list[
             found.append(_host_line(host, told, None))
         elif each:
             found += [_device_line(host, told, one) for one in devices]
-            found += [Line(host, f"GPU {uuid}", note="missing", level="bad") for uuid in told["missing"]]
+            found += [Line(host, uuid, note="missing", level="bad") for uuid in told["missing"]]
         else:
             found.append(_host_line(host, told, devices[0]))
     return found
@@ -107,9 +108,11 @@ def _host_line(host: str, told: Mapping[str, Any], worst: Mapping[str, Any] | No
 
 def _device_line(host: str, told: Mapping[str, Any], one: Mapping[str, Any]) -> Line:
     title = f"GPU {one['index']} {model(one['model'])}".rstrip()
+    errors = list(map(_xid_words, one["xids"]))
     if one["state"] != "ok":
-        return Line(host, title, note=f"lost: {one['words']}", level="bad")
-    notes = [*one["reasons"], *map(_xid_words, one["xids"])]
+        return Line(host, title, note=", ".join([f"lost: {one['words']}", *errors]), level="bad",
+                    instance=one["instance"])
+    notes = [*one["reasons"], *errors]
     if told["stale"]:
         notes.insert(0, _stale_word(told))
     margin = "" if one["margin_c"] is None else f" (margin {one['margin_c']:.0f})"
@@ -118,7 +121,7 @@ def _device_line(host: str, told: Mapping[str, Any], one: Mapping[str, Any]) -> 
     return Line(host, title, temperature, _of(one["power_w"], one["power_limit_w"], "W"),
                 "" if one["utilisation_percent"] is None else f"{one['utilisation_percent']:.0f} %",
                 _of(_gib(one["memory_used_mib"]), _gib(one["memory_total_mib"]), "GiB"), ", ".join(notes),
-                "warning" if hot or one["xids"] or told["stale"] else "good")
+                "warning" if hot or errors or told["stale"] else "good", one["instance"])
 
 
 def _xid_words(xid: Mapping[str, Any]) -> str:

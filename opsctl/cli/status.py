@@ -96,9 +96,11 @@ def _gpu_table(seen: Seen, *, each_gpu: bool) -> list[RenderableType]:
     if not seen.gpus:
         return []
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("host", "GPUs", "hottest" if not each_gpu else "temperature", "power", "used", "memory", ""):
+    first = ("GPU", "instance", "temperature") if each_gpu else ("GPUs", "hottest")
+    for column in ("host", *first, "power", "used", "memory", ""):
         table.add_column(column)
     for one in lines(seen.gpus, each=each_gpu):
-        table.add_row(one.host, one.gpus, Text(one.temperature, LEVELS[one.level]), one.power, one.utilisation,
-                      one.memory, Text(one.note, LEVELS[one.level]))
+        cells = [one.host, one.gpus, *([one.instance] if each_gpu else [])]
+        table.add_row(*cells, Text(one.temperature, LEVELS[one.level]), one.power, one.utilisation, one.memory,
+                      Text(one.note, LEVELS[one.level]))
     return [table]

@@ -33,7 +33,8 @@ class Exporter:
                  clock: Callable[[], float] = boot_clock) -> None:
         self._paths, self._settings, self._version, self._say, self._clock = paths, settings, version, say, clock
         self._xids = Xids()
-        self.reader = Reader(paths.gpu_reader_lock, say, lambda pci, xid, at: self._seen("event", pci, xid, at))
+        self.reader = Reader(paths.gpu_reader_lock, say, lambda pci, xid, at: self._seen("event", pci, xid, at),
+                             clock=clock)
         self._owners: dict[str, str] = {}
         self._expected: tuple[str, ...] = settings.gpus
         self._nodes = False
