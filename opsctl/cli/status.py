@@ -97,7 +97,7 @@ def _gpu_table(seen: Seen, *, each_gpu: bool) -> list[RenderableType]:
         return []
     table = Table(box=None, pad_edge=False, header_style="bold")
     first = ("GPU", "instance", "temperature") if each_gpu else ("GPUs", "hottest")
-    for column in ("host", *first, "power", "used", "memory", ""):
+    for column in ("host", *first, "power", "busy", "memory", ""):
         table.add_column(column)
     for one in lines(seen.gpus, each=each_gpu):
         cells = [one.host, one.gpus, *([one.instance] if each_gpu else [])]

@@ -180,6 +180,7 @@ class Running:
     orders_file: Path
     said: list[str] = field(default_factory=list)
     skipped_s: float = 0.0
+    rounds: int = 0  # of the exporter's loop
 
     def order(self, **orders: Any) -> None:
         beside = self.orders_file.with_suffix(".new")
@@ -201,6 +202,10 @@ class Running:
             await asyncio.sleep(0.02)
         raise AssertionError(f"{what}: {self.exporter.verdict()}, {self.said}")
 
+    async def turns(self, count: int) -> None:
+        goal = self.rounds + count
+        await self.until(lambda: self.rounds >= goal, "its loop turns")
+
     async def state(self, wanted: str) -> None:
         await self.until(lambda: self.exporter.verdict().state == wanted, wanted)
 
@@ -214,6 +219,13 @@ async def running(root: Path, gpus: tuple[str, ...] = ("GPU-0", "GPU-1")) -> Asy
     said: list[str] = []
     one = Running(None, paths, 0, orders, said)  # type: ignore[arg-type]
     one.exporter = Exporter(paths, settings, "0.1.0", said.append, lambda: boot_clock() + one.skipped_s)
+    look = one.exporter.look
+
+    def counted() -> None:
+        one.rounds += 1
+        look()
+
+    one.exporter.look = counted  # type: ignore[method-assign]
     reader = one.exporter.reader
     reader._command = (sys.executable, str(Path(__file__).with_name("played_nvml.py")), str(orders),
                        str(paths.gpu_reader_lock))
@@ -285,7 +297,7 @@ def test_a_call_that_hangs_is_told_within_the_bound_and_nobody_is_killed(tmp_pat
         writer.close()
         await one.until(lambda: one.exporter.reader.view.told_to_end is not None, "it is told to end")
         one.skipped_s = 3600.0  # long after: one reader, alive, and no other
-        await asyncio.sleep(0.2)
+        await one.turns(5)
         assert one.exporter.reader.view.pid == pid
         os.kill(pid, 0)
         assert (await one.get("/health"))[0] == 503
@@ -341,7 +353,7 @@ def test_what_is_wrong_is_a_state_and_no_crash(tmp_path: Path, orders: dict[str,
 
 def test_a_host_without_gpus_has_no_reader(tmp_path: Path) -> None:
     async def work(one: Running) -> None:
-        await asyncio.sleep(0.2)
+        await one.turns(5)
         assert one.exporter.reader.view.pid == 0
         assert (await one.get("/health"))[::2] == (200, b"none: this host has no GPUs\n")
         text = (await one.get("/metrics"))[2].decode()
