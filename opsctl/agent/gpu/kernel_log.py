@@ -20,7 +20,8 @@ XID = re.compile(r"NVRM: Xid \((?:PCI:)?(?P<pci>[0-9A-Fa-f]+:[0-9A-Fa-f]+:[0-9A-
 RECORD = re.compile(r"^\d+,\d+,(?P<us>\d+),[^;]*;(?P<text>.*)")
 # The kernel's own lines, and those that root hands on in its name, as happens in containers and with syslog daemons.
 JOURNAL = ("journalctl", "--boot", "--follow", "--lines=1000", "--output=json", "--no-pager", "--quiet",
-           "--output-fields=MESSAGE", "--grep=NVRM: Xid", "_TRANSPORT=kernel", "+", "SYSLOG_IDENTIFIER=kernel", "_UID=0")
+           "--output-fields=MESSAGE", "--grep=NVRM: Xid",
+           "_TRANSPORT=kernel", "+", "SYSLOG_IDENTIFIER=kernel", "_UID=0")
 POLL_S = 0.5
 RECORDS_A_POLL = 10_000
 BYTES = 65_536
