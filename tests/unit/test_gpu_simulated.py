@@ -104,8 +104,9 @@ MODELS = ["H100", "H200", "B200", "A100", "L40S", "T4", "RTX 4090", "V100"]
 def test_a_model_is_read_as_it_is(simulated: Any, model: str) -> None:
     with simulated(model) as one:
         sample = one.next("sample")
-        if one.profile.gpm:
-            sample = one.next("sample")  # what lies between two
+        if one.profile.gpm:  # what lies between two samples, which are of two ticks
+            one.tick()
+            sample = one.next("sample")
     first, _ = sample["gpus"]
     assert (sample["state"], sample["driver"], sample["cuda"]) == ("ok", DRIVER, "13.0")
     assert (first["state"], first["words"], first["uuid"], first["pci"]) == ("ok", "", FIRST, "00000000:1A:00.0")
