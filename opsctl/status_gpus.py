@@ -5,7 +5,7 @@ They come from ``opsctl-host state`` (``gpus``; docs/exporter.md has the documen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,20 @@ def wrong(gpus: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
             what.append(f"{len(told['missing'])} of {told['expected']} GPUs missing")
         found += [{"host": host, "instance": "", "what": one} for one in what]
     return found
+
+
+def seen_wrong(told: Mapping[str, Any], instance: str, placed: Sequence[str]) -> str:
+    """What is wrong with the GPUs of an instance, empty when nothing is: it has those placed to it, and no others."""
+    if told["stale"]:
+        return f"{_stale_word(told)}: {told['words']}"
+    there = {one["uuid"]: one for one in told["devices"]}
+    for uuid in placed:
+        if uuid not in there:
+            return f"no {uuid}"
+        if there[uuid]["state"] != "ok":
+            return f"{uuid} {there[uuid]['words']}"
+    foreign = [uuid for uuid, one in there.items() if instance in one["users"] and uuid not in placed]
+    return f"{instance} computes on {', '.join(foreign)}" if foreign else ""
 
 
 def model(name: str) -> str:

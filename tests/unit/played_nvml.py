@@ -100,6 +100,8 @@ class Played:
             return "580.126.09"
         if name == "nvmlSystemGetCudaDriverVersion_v2":
             return 13000
+        if name == "nvmlDeviceGetComputeRunningProcesses_v3":
+            return [SimpleNamespace(pid=pid) for pid in known.get("pids", (4711,))]
         if name == "nvmlDeviceGetFieldValues":
             return [field(number, known["fields"]) for number in arguments[1]]
         if name == "nvmlEventSetWait_v2":

@@ -385,6 +385,16 @@ def test_what_opsctl_host_tells(tmp_path: Path) -> None:
     assert gone["state"] == "no_agent"
 
 
+def test_who_computes_on_a_gpu(tmp_path: Path) -> None:
+    for pid, cgroup in ((1, "0::/system.slice/system-inference.slice/inference@chat.0.service\n"),
+                        (2, "0::/system.slice/system-inference.slice/inference@chat.0.service/child\n"),
+                        (3, "0::/user.slice/session-1.scope\n")):
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "cgroup").write_text(cgroup)
+        (tmp_path / str(pid) / "comm").write_text("python3\n")
+    assert told.users([1, 2, 3, 4], tmp_path) == ["chat.0", "python3"]
+
+
 def test_without_prometheus_client_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
 

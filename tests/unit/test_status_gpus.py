@@ -14,7 +14,7 @@ from opsctl.agent.gpu.verdict import FRESH_STATES
 from opsctl.cli.status import render
 from opsctl.errors import OpsctlError
 from opsctl.status import Seen, wrong
-from opsctl.status_gpus import GPU_STATES, Line, gpus_of, lines
+from opsctl.status_gpus import GPU_STATES, Line, gpus_of, lines, seen_wrong
 
 SNAPSHOT = Path(__file__).parent / "snapshots" / "status-gpus.txt"
 
@@ -84,6 +84,18 @@ def test_what_is_said_of_a_host(what: dict[str, Any], level: str, note: str) -> 
 def test_what_strict_counts(what: dict[str, Any], expected: list[str]) -> None:
     found = wrong([], (), gpus_of({"gpu-1": {"gpus": what}}))
     assert found == [{"host": "gpu-1", "instance": "", "what": one} for one in expected]
+
+
+@pytest.mark.parametrize(("what", "placed", "expected"), [
+    (told(device(0, users=["chat.0"]), device(1, users=["chat.1", "python3"])), ["GPU-0"], ""),
+    (told(device(0, users=[])), ["GPU-0"], ""),
+    (told(device(0, users=[]), device(1, users=["chat.0"])), ["GPU-0"], "chat.0 computes on GPU-1"),
+    (told(device(0, users=[])), ["GPU-0", "GPU-9"], "no GPU-9"),
+    (told(device(0, users=[], state="lost", words="fell off the bus")), ["GPU-0"], "GPU-0 fell off the bus"),
+    (told(device(0, users=[]), age_s=90.0, words="x"), ["GPU-0"], "stale: x"),
+])
+def test_an_instance_has_the_gpus_placed_to_it(what: dict[str, Any], placed: list[str], expected: str) -> None:
+    assert seen_wrong(gpus_of({"gpu-1": {"gpus": what}})["gpu-1"], "chat.0", placed) == expected
 
 
 def test_hosts_without_gpus_or_without_an_answer_show_none() -> None:

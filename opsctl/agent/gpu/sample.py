@@ -156,6 +156,9 @@ def _values(nvml: Nvml, gpu: Gpu) -> dict[str, Any]:
         "offsets_c": _named(OFFSETS, fields),
         "profile": gpu.gpm.metrics(nvml) if gpu.gpm else None,
     })
+    processes = ask(("nvmlDeviceGetComputeRunningProcesses_v3",))
+    if processes is not None:
+        values["pids"] = sorted(one.pid for one in processes)
     enforced = _scaled(ask(("nvmlDeviceGetEnforcedPowerLimit",)), 1000)
     if enforced is not None:
         values["power_limits_w"] = {**gpu.fixed.get("power_limits_w", {}), "enforced": enforced}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from opsctl.agent.gpu.verdict import Verdict, missing_uuids
 from opsctl.agent.gpu.xids import Xids
 
 SILENT_S = 15.0
+INSTANCE = re.compile(r"/inference@([^/]+)\.service")
 
 
 def document(view: View, verdict: Verdict, xids: Xids, expected: Sequence[str], owners: Mapping[str, str], now: float
@@ -44,6 +46,7 @@ def device(gpu: Mapping[str, Any], xids: Xids, owners: Mapping[str, str]) -> dic
         "utilisation_percent": gpu.get("utilisation_percent"), "memory_used_mib": gpu.get("memory_used_mib"),
         "memory_total_mib": gpu.get("memory_total_mib"), "reasons": reasons.words(gpu.get("reasons", 0)),
         "xids": xids.recent(gpu.get("pci", ""), time.time()), "instance": owners.get(uuid, ""),
+        "pids": gpu.get("pids", []),
     }
 
 
@@ -55,13 +58,17 @@ def write(path: Path, what: Mapping[str, Any]) -> None:
     beside.rename(path)
 
 
-def read(path: Path, expected: Sequence[str], now: float) -> dict[str, Any] | None:
-    """As ``opsctl-host state`` tells it; ``age_s`` is that of the last good sample. None: this host has no GPUs."""
+def read(path: Path, expected: Sequence[str], now: float, proc: Path = Path("/proc")) -> dict[str, Any] | None:
+    """As ``opsctl-host state`` tells it; None: this host has no GPUs.
+
+    ``age_s`` is that of the last good sample. A device's ``users`` are what computes on it: instances, or programs.
+    """
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         told = {**found, "age_s": None if found["good_at_boot_s"] is None else now - found["good_at_boot_s"]}
         silent_s = now - told.pop("at_boot_s")
         told.pop("good_at_boot_s")
+        told["devices"] = [{**one, "users": users(one["pids"], proc)} for one in told["devices"]]
     except (OSError, ValueError, KeyError, TypeError):
         if not expected:
             return None
@@ -71,6 +78,18 @@ def read(path: Path, expected: Sequence[str], now: float) -> dict[str, Any] | No
         told |= {"state": "stale", "words": f"opsctl-agent said nothing for {silent_s:.0f} s: "
                                             "systemctl status opsctl-agent"}
     return None if told["state"] == "none" else told
+
+
+def users(pids: Sequence[int], proc: Path) -> list[str]:
+    """``chat.0`` for a process of that instance's unit, the program's name for any other; none for one that ended."""
+    found = set()
+    for pid in pids:
+        try:
+            unit = INSTANCE.search((proc / str(pid) / "cgroup").read_text(encoding="utf-8"))
+            found.add(unit[1] if unit else (proc / str(pid) / "comm").read_text(encoding="utf-8").strip())
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return sorted(found)
 
 
 def utc(wall: float) -> str:
