@@ -1,4 +1,4 @@
-"""``python -m tests.bench.exporter``: what the exporter costs, with a played NVML of 8 GPUs; without a driver's time."""
+"""``python -m tests.bench.exporter``: what the exporter costs, 8 GPUs of a played NVML; without a driver's time."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def test_the_agent_never_gives_up() -> None:
 def test_the_agent_can_read_gpus_and_never_kills_who_reads_them() -> None:
     unit = settings(render(AGENT))
     assert not {"ProtectClock", "DeviceAllow", "PrivateDevices", "DevicePolicy"} & unit.keys()  # no /dev/nvidia* then
-    assert (unit["KillMode"], unit["SendSIGKILL"], unit["OOMPolicy"]) == (["mixed"], ["no"], ["continue"])
+    assert (unit["SendSIGKILL"], unit["TimeoutStopFailureMode"], unit["OOMPolicy"]) == (["no"], ["abort"], ["continue"])
     assert unit["RuntimeDirectory"] == ["opsctl/agent"]
     assert Paths().gpus.parent == Path("/run") / unit["RuntimeDirectory"][0] == Paths().gpu_reader_lock.parent
     assert unit["RuntimeDirectoryPreserve"] == ["yes"]  # the lock of a reader that was left behind

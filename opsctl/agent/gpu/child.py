@@ -1,7 +1,7 @@
 """The process that talks to NVML: ``python -m opsctl.agent.gpu.child LOCK``. Writes one JSON object a line.
 
 ``sample``: everything, each second. ``waiting``: a call that has not returned for a second, told by a thread that does
-not wait for it. ``xid``: an event. It never writes to a GPU. SIGTERM ends it after the call in flight, never within:
+not wait for it. ``xid``: an event. It never writes to a GPU. A signal ends it after the call in flight, never within:
 whoever kills a process inside the driver may freeze the GPU.
 """
 
@@ -126,7 +126,8 @@ def main(argv: list[str] | None = None) -> int:
     (lock,) = sys.argv[1:] if argv is None else argv
     teller = Teller(sys.stdout.fileno())
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    for number in (signal.SIGTERM, signal.SIGABRT):  # the second is systemd's when the agent's watchdog was not heard
+        signal.signal(number, lambda *_: stop.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE), encoding="ascii")
     held = take_lock(Path(lock))

@@ -87,7 +87,7 @@ def users(pids: Sequence[int], proc: Path) -> list[str]:
         try:
             unit = INSTANCE.search((proc / str(pid) / "cgroup").read_text(encoding="utf-8"))
             found.add(unit[1] if unit else (proc / str(pid) / "comm").read_text(encoding="utf-8").strip())
-        except (FileNotFoundError, ProcessLookupError):
+        except OSError:
             continue
     return sorted(found)
 
