@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from opsctl import status_gpus
 from opsctl.agent import ledger
 from opsctl.agent.drains import FULL
 from opsctl.agent.ledger import SERVE, Line
@@ -53,17 +54,26 @@ class Row:
         return asdict(self)
 
 
-def look(fleet: Fleet, hosts: Sequence[Host]) -> list[Row]:
+@dataclass(frozen=True)
+class Seen:
+    """What hosts and gateway said at one look.
+
+    ``silent`` are services whose ledger did not answer: nothing is known of who is behind there. ``gpus`` are those of
+    hosts that have any (``status_gpus.gpus_of``).
+    """
+
+    rows: list[Row]
+    silent: tuple[str, ...] = ()
+    gpus: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def look(fleet: Fleet, hosts: Sequence[Host]) -> Seen:
     """Asks hosts and gateway at once."""
-    return look_closely(fleet, hosts)[0]
-
-
-def look_closely(fleet: Fleet, hosts: Sequence[Host]) -> tuple[list[Row], tuple[str, ...]]:
-    """As ``look``, with the services whose ledger did not answer: nothing is known of who is behind there."""
     beside = Beside(lambda: _ledgers(fleet))
     states = gather(fleet, hosts)
     ledgers = beside.answer(LEDGER_PATIENCE_S) or {}
-    return rows(fleet, hosts, states, ledgers), tuple(one.name for one in fleet.services if one.name not in ledgers)
+    return Seen(rows(fleet, hosts, states, ledgers),
+                tuple(one.name for one in fleet.services if one.name not in ledgers), status_gpus.gpus_of(states))
 
 
 def gather(fleet: Fleet, hosts: Sequence[Host], timeout_s: float = 15.0) -> dict[str, Mapping[str, Any] | OpsctlError]:
@@ -219,14 +229,17 @@ def instance_state(instance: Mapping[str, Any]) -> str:
     return {"inactive": "stopped", "activating": "starting"}.get(unit, str(unit))
 
 
-def wrong(found: Sequence[Row], silent: Sequence[str] = ()) -> list[dict[str, str]]:
+def wrong(found: Sequence[Row], silent: Sequence[str] = (), gpus: Mapping[str, Mapping[str, Any]] | None = None
+          ) -> list[dict[str, str]]:
     """What is not as it should be: ``{"host", "instance", "what"}`` for each; nothing when all is well. Pure.
 
-    Only a host that is up and an instance that serves with all its weight are well: what nobody knows is not.
+    Only a host that is up, an instance that serves with all its weight, and GPUs that are all there and were just seen
+    are well: what nobody knows is not.
     ``silent`` are services whose ledger did not answer; one of which nothing is shown does not count.
     """
     bad = [{"host": row.host, "instance": row.instance, "what": _wrong_word(row)} for row in found
            if row.state not in AS_IT_SHOULD_BE or (row.weight is not None and row.weight < FULL)]
+    bad += status_gpus.wrong(gpus or {})
     shown = {row.instance.rpartition(".")[0] for row in found}
     return bad + [{"host": "", "instance": service, "what": "ledger did not answer"} for service in silent
                   if service in shown]

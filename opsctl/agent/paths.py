@@ -88,6 +88,16 @@ class Paths:
         """This host's copies of the gateway's ledgers: they count while the gateway is down."""
         return self.state / "ledger"
 
+    @property
+    def gpus(self) -> Path:
+        """What the agent last saw of this host's GPUs (``gpu/told.py``); the folder is its unit's RuntimeDirectory."""
+        return self.root / "run/opsctl/agent/gpus.json"
+
+    @property
+    def gpu_reader_lock(self) -> Path:
+        """Held by the process that asks NVML, also by one that an agent before this one left behind."""
+        return self.root / "run/opsctl/agent/gpu-reader.lock"
+
     def draining(self, instance: str) -> Path:
         """Written by an engine that got SIGTERM; the folder is the unit's RuntimeDirectory."""
         return self.root / "run/opsctl/instances" / instance / "draining"

@@ -17,12 +17,17 @@ PROVISION = "opsctl provision writes this file"
 
 @dataclass(frozen=True)
 class Settings:
-    """This host. ``gateway_url`` is ``http://ADDRESS:8480``; ``listen`` an address for the agent, port in TCP."""
+    """This host. ``gateway_url`` is ``http://ADDRESS:8480``; ``listen`` an address for the agent, ports in TCP.
+
+    ``exporter_port`` 0: no metrics. ``gpus`` are UUIDs that must be there beside those that placements name.
+    """
 
     host: str
     listen: str
     agent_check_port: int
     gateway_url: str
+    exporter_port: int = 0
+    gpus: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ def read_settings(paths: Paths) -> Settings:
         listen=_take(table, "listen", str, paths.settings),
         agent_check_port=_take(table, "agent_check_port", int, paths.settings),
         gateway_url=_take(table, "gateway_url", str, paths.settings).rstrip("/"),
+        exporter_port=_take(table, "exporter_port", int, paths.settings, 0),
+        gpus=tuple(str(gpu) for gpu in _take(table, "gpus", list, paths.settings, [])),
     )
 
 

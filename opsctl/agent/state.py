@@ -9,7 +9,8 @@ from typing import Any
 
 from opsctl.agent import environment, holds, locks, passed, probes, systemd
 from opsctl.agent import manifest as manifests
-from opsctl.agent.drains import least_weight, read_drains
+from opsctl.agent.drains import boot_clock, least_weight, read_drains
+from opsctl.agent.gpu import told
 from opsctl.agent.paths import Paths
 from opsctl.agent.settings import Placement, Settings, read_placements, read_settings
 from opsctl.agent.stage import existing, free_bytes_of
@@ -51,6 +52,8 @@ def state(paths: Paths, run: Run = systemd.run) -> dict[str, Any]:
     placements = read_placements(paths)
     units = systemd.show([placement.unit for placement in placements], run)
     releases = {service: stored_releases(paths.releases(service)) for service in _services(paths, placements)}
+    expected = tuple(dict.fromkeys([*settings.gpus, *(uuid for placement in placements for uuid in placement.gpus)]))
+    gpus = told.read(paths.gpus, expected, boot_clock())
     voices = _voices(settings, [placement.instance for placement in placements])
     return {
         "schema": SCHEMA,
@@ -64,6 +67,7 @@ def state(paths: Paths, run: Run = systemd.run) -> dict[str, Any]:
         "lock": locks.told(paths),
         "holds": holds.all_holds(paths),
         "drains": [drain for placement in placements for drain in read_drains(paths, placement.instance)],
+        **({"gpus": gpus} if gpus is not None else {}),
     }
 
 

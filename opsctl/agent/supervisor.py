@@ -1,7 +1,7 @@
-"""``opsctl-agent``: the load balancer's voice. Answers its agent-check for every instance of this host.
+"""``opsctl-agent``: the load balancer's voice, and the exporter of this host's GPUs (``gpu/exporter.py``).
 
 One event loop. Systemd is asked in the background, so an answer never waits for it; drains, marks and the current
-release are a few small files, read as they are when the question comes.
+release are a few small files, read as they are when the question comes. However the exporter fails, the voice goes on.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from opsctl.agent import systemd, unfinished
 from opsctl.agent.drains import least_weight, read_drains
+from opsctl.agent.gpu.exporter import Exporter
 from opsctl.agent.paths import Paths
 from opsctl.agent.settings import instance_names, read_settings
+from opsctl.agent.state import agent_version
 from opsctl.agent.voice import Facts, answer
 from opsctl.errors import OpsctlError
 
@@ -25,6 +28,7 @@ POLL_S = 0.5
 SYSTEMD_TIMEOUT_S = 5.0
 QUESTION_TIMEOUT_S = 2.0
 QUESTION_LIMIT = 256
+AGAIN_S = 10.0
 
 
 def look(paths: Paths, instance: str, active: str) -> Facts:
@@ -120,6 +124,17 @@ async def _watchdog() -> None:
         await asyncio.sleep(every_s)
 
 
+async def _keep(what: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Does ``work`` for ever; when it breaks it is said and begun again, and nobody else notices."""
+    while True:
+        try:
+            await work()
+            return
+        except Exception as error:  # noqa: BLE001 - the voice goes on, whatever happened there
+            _say(f"{what}: unexpected {type(error).__name__}: {error}; beginning again")
+            await asyncio.sleep(AGAIN_S)
+
+
 async def supervise(paths: Paths) -> None:
     """Serves until SIGTERM."""
     settings = read_settings(paths)
@@ -130,13 +145,18 @@ async def supervise(paths: Paths) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    background = [asyncio.create_task(voice.poll_for_ever()), asyncio.create_task(_watchdog())]
+    exporter = Exporter(paths, settings, agent_version(), _say)
+    background = [asyncio.create_task(voice.poll_for_ever()), asyncio.create_task(_watchdog()),
+                  asyncio.create_task(_keep("GPU reader", exporter.tend)),
+                  asyncio.create_task(_keep("kernel log", exporter.hear_kernel)),
+                  asyncio.create_task(_keep("metrics", exporter.serve))]
     _say(f"answering for {settings.host} on {settings.listen}:{settings.agent_check_port}")
     notify("READY=1")
     await stop.wait()
     notify("STOPPING=1")
     for task in background:
         task.cancel()
+    await asyncio.gather(*background, return_exceptions=True)
     server.close()
 
 

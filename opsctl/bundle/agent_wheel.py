@@ -1,8 +1,9 @@
 """The wheel that hosts run: opsctl-host, opsctl-launch and the agent, built from the installed sources.
 
-It holds ``opsctl/__init__.py``, ``errors.py``, ``opsctl/agent`` and ``opsctl/serving`` and needs nothing but Python's
-standard library. The same content gives the same file, byte for byte; its version carries the content's digest, so a
-host that has this version has this content.
+It holds ``opsctl/__init__.py``, ``errors.py``, ``opsctl/agent`` and ``opsctl/serving``. opsctl-host and the load
+balancer's voice need nothing but Python's standard library; the exporter needs the two packages of
+``opsctl/agent/agent.lock``, which are fetched into the bundle as the engines' wheels are. The same content gives the
+same file, byte for byte; its version carries the content's digest, so a host that has this version has this content.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import opsctl
+from opsctl.bundle.engine_wheels import WantedLock, wanted_lock
 from opsctl.bundle.process import last_lines, run
 from opsctl.errors import OpsctlError
 from opsctl.resources import PACKAGE
 
 NAME = "opsctl-agent"
 PROJECT = "agent/pyproject.toml"
+LOCK = "agent/agent.lock"
 PARTS = ("__init__.py", "errors.py", "agent", "serving")
 VERSION_VARIABLE = "OPSCTL_AGENT_VERSION"
 SOURCE_DATE_EPOCH = "1735689600"  # 2025-01-01: any fixed date after 1980, the first that a zip archive knows
@@ -72,6 +75,16 @@ def requirement_line(wheel: Path) -> str:
     """``opsctl-agent==0.1.0+1a2b3c4d --hash=sha256:...``: what pip installs on hosts with --require-hashes."""
     version = wheel.name.split("-")[1]
     return f"{NAME}=={version} --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n"
+
+
+def agent_lock(package: Path = PACKAGE) -> WantedLock:
+    """What the agent's wheel needs, locked. It holds wheels for any Python only, so one lock serves every host."""
+    return wanted_lock("agent.lock", (package / LOCK).read_text(encoding="utf-8"))
+
+
+def requirements(wheel: Path) -> str:
+    """All that pip installs into the agent's environment on hosts."""
+    return requirement_line(wheel) + agent_lock().text
 
 
 def _walk(package: Path) -> Iterator[Path]:

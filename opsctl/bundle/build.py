@@ -16,7 +16,7 @@ from pathlib import Path
 
 from opsctl.agent.durable import sync_directory, write_atomically
 from opsctl.bundle import sums
-from opsctl.bundle.agent_wheel import build_agent_wheel, requirement_line
+from opsctl.bundle.agent_wheel import agent_lock, build_agent_wheel, requirements
 from opsctl.bundle.cache import one_build_at_a_time
 from opsctl.bundle.closure import Closure, download_closure, union
 from opsctl.bundle.drivers import download_drivers, driver_names, drivers_of_inventory
@@ -62,7 +62,8 @@ def build_bundle(fleet_directory: Path, bundle: Path, emit: Emit = discard, *, i
     began = time.monotonic()
     home, trusted_key = fleet_directory / "keys" / "bundle", fleet_directory / "trust" / "bundle.asc"
     wanted = tuple(packages) if packages is not None else role_packages(resource("roles"))
-    wanted_locks = locks if locks is not None else [*shipped_locks(PACKAGE / "serving"), *release_locks(bundle)]
+    shipped = [agent_lock(), *shipped_locks(PACKAGE / "serving")]
+    wanted_locks = locks if locks is not None else [*shipped, *release_locks(bundle)]
     names = driver_names(resource("roles"))
     drivers = drivers_of_inventory(inventory, names) if inventory else ()
     with one_build_at_a_time(emit):
@@ -117,7 +118,7 @@ def _wheels(out: Path, locks: Sequence[WantedLock], emit: Emit) -> tuple[str, ..
     out.mkdir(parents=True)
     engines = fetch_engine_wheels(locks, out, emit)
     agent = build_agent_wheel(out)
-    (out / AGENT_REQUIREMENT).write_text(requirement_line(agent), encoding="utf-8")
+    (out / AGENT_REQUIREMENT).write_text(requirements(agent), encoding="utf-8")
     return (agent.name, *engines)
 
 

@@ -14,7 +14,14 @@ from release_kit import ENGINE, lay_down, make_keys
 
 from opsctl.agent.manifest import Engine
 from opsctl.bundle import agent_wheel
-from opsctl.bundle.agent_wheel import agent_files, agent_version, build_agent_wheel, requirement_line
+from opsctl.bundle.agent_wheel import (
+    agent_files,
+    agent_lock,
+    agent_version,
+    build_agent_wheel,
+    requirement_line,
+    requirements,
+)
 from opsctl.bundle.engine_wheels import (
     WantedLock,
     fetch_engine_wheels,
@@ -53,7 +60,7 @@ def test_another_content_gives_another_version(tmp_path: Path) -> None:
     assert agent_version(agent_files(package)) != before
 
 
-def test_the_wheel_holds_what_hosts_run_and_needs_nothing(wheel: Path) -> None:
+def test_the_wheel_holds_what_hosts_run(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         metadata = next(archive.read(name).decode() for name in names if name.endswith("/METADATA"))
@@ -64,7 +71,9 @@ def test_the_wheel_holds_what_hosts_run_and_needs_nothing(wheel: Path) -> None:
     assert {f"opsctl/serving/{name}" for name in data} <= set(names)
     assert "vllm_versions.csv" in data
     assert "opsctl/agent/pyproject.toml" not in names
-    assert "Requires-Dist" not in metadata
+    needs = {line.split()[1].split(">")[0] for line in metadata.splitlines() if line.startswith("Requires-Dist")}
+    assert needs == {one.name for one in agent_lock().requirements} == {"nvidia-ml-py", "prometheus-client"}
+    assert "opsctl/agent/agent.lock" in names
     assert "Requires-Python: >=3.10" in metadata
     assert {line.split(" ")[0] for line in entry_points.splitlines() if "=" in line} \
         == {"opsctl-host", "opsctl-launch", "opsctl-agent"}
@@ -88,6 +97,12 @@ def test_the_requirement_is_hashed(wheel: Path) -> None:
     version = wheel.name.split("-")[1]
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     assert requirement_line(wheel) == f"opsctl-agent=={version} --hash=sha256:{digest}\n"
+
+
+def test_all_that_hosts_install_is_pinned_and_hashed(wheel: Path) -> None:
+    found = wanted_lock("opsctl-agent.txt", requirements(wheel)).requirements
+    assert [one.name for one in found] == ["opsctl-agent", "nvidia-ml-py", "prometheus-client"]
+    assert all(one.version and one.digests for one in found)
 
 
 def test_a_failing_build_shows_hatchlings_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

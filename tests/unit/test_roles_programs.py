@@ -96,6 +96,16 @@ class TestVerifyEnvironment:
         environment[1].write_text("opsctl-agent==1.0+ffff --hash=sha256:00\n")
         assert self.verify.verdict(*environment) == "package"
 
+    @pytest.mark.parametrize(("version", "verdict"), [("2.1", "intact"), ("2.2", "package")])
+    def test_every_package_of_the_file_counts(self, environment: tuple[Path, Path], version: str, verdict: str) -> None:
+        root, requirements = environment
+        (packages,) = root.glob("lib/*/site-packages")
+        (packages / f"other_one-{version}.dist-info").mkdir()
+        (packages / f"other_one-{version}.dist-info" / "RECORD").write_text(f"other_one-{version}.dist-info/RECORD,,\n")
+        with requirements.open("a") as file:
+            file.write("other-one==2.1 \\\n    --hash=sha256:00\n")
+        assert self.verify.verdict(*environment) == verdict
+
     @pytest.mark.parametrize("gone", ["bin/python3", "lib"])
     def test_no_environment_to_speak_of(self, environment: tuple[Path, Path], gone: str) -> None:
         path = environment[0] / gone

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from opsctl.cli import main
 from opsctl.fleet.model import Fleet
-from opsctl.status import Row, wrong, wrong_words
+from opsctl.status import Row, Seen, wrong, wrong_words
 
 GOOD = [Row("ops-1", ("lb",), state="up"), Row("gpu-1", ("gpu",), "chat.0", "v2", "serving", 1, 0, weight=100)]
 
@@ -63,16 +63,16 @@ def inventory(tmp_path: Path) -> Path:
 ])
 def test_the_exit_code(inventory: Path, monkeypatch: pytest.MonkeyPatch, found: list[Row], silent: tuple[str, ...],
                        options: list[str], exit_code: int, says: str) -> None:
-    monkeypatch.setattr("opsctl.status.look_closely", lambda _fleet, _hosts: (found, silent))
+    monkeypatch.setattr("opsctl.status.look", lambda _fleet, _hosts: Seen(found, silent))
     said = CliRunner().invoke(main.app, ["status", str(inventory), *options])
     assert (said.exit_code, says in said.stderr) == (exit_code, True), said.stderr
     assert says == "" or says not in said.stdout
 
 
 def test_the_document_says_what_is_wrong_with_and_without_it(inventory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def look(_fleet: Fleet, _hosts: object) -> tuple[list[Row], tuple[str, ...]]:
-        return [row("behind")], ()
-    monkeypatch.setattr("opsctl.status.look_closely", look)
+    def look(_fleet: Fleet, _hosts: object) -> Seen:
+        return Seen([row("behind")])
+    monkeypatch.setattr("opsctl.status.look", look)
     for options, exit_code in (([], 0), (["--strict"], 9)):
         said = CliRunner().invoke(main.app, ["status", str(inventory), "--json", *options])
         assert said.exit_code == exit_code

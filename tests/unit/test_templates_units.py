@@ -10,6 +10,10 @@ import pytest
 import tomllib
 from rendering import render
 
+from opsctl.agent.flat_toml import read_flat
+from opsctl.agent.paths import Paths
+from opsctl.agent.settings import Settings, read_settings
+
 ENGINE = "templates/inference@.service.j2"
 AGENT = "templates/opsctl-agent.service.j2"
 RECOVER = "templates/opsctl-recover.service.j2"
@@ -97,11 +101,29 @@ def test_the_agent_never_gives_up() -> None:
     assert unit["User"] == ["opsctl-agent"]
 
 
-def test_the_agent_reads_what_the_role_writes() -> None:
+def test_the_agent_can_read_gpus_and_never_kills_who_reads_them() -> None:
+    unit = settings(render(AGENT))
+    assert not {"ProtectClock", "DeviceAllow", "PrivateDevices", "DevicePolicy"} & unit.keys()  # no /dev/nvidia* then
+    assert (unit["SendSIGKILL"], unit["TimeoutStopFailureMode"], unit["OOMPolicy"]) == (["no"], ["abort"], ["continue"])
+    assert unit["RuntimeDirectory"] == ["opsctl/agent"]
+    assert Paths().gpus.parent == Path("/run") / unit["RuntimeDirectory"][0] == Paths().gpu_reader_lock.parent
+    assert unit["RuntimeDirectoryPreserve"] == ["yes"]  # the lock of a reader that was left behind
+    assert "systemd-journal" in unit["SupplementaryGroups"][0].split()
+
+
+def test_the_agent_reads_what_the_role_writes(tmp_path: Path) -> None:
     text = render("roles/agent/templates/agent.toml.j2", agent_host='gpu"1', agent_listen="10.0.0.2",
-                  agent_check_port=9777, agent_gateway_url="http://10.0.0.1:8480")
+                  agent_check_port=9777, agent_gateway_url="http://10.0.0.1:8480", agent_exporter_port=9400,
+                  agent_gpus=["GPU-a", "GPU-b"])
     assert tomllib.loads(text) == {"host": 'gpu"1', "listen": "10.0.0.2", "agent_check_port": 9777,
+                                   "exporter_port": 9400, "gpus": ["GPU-a", "GPU-b"],
                                    "gateway_url": "http://10.0.0.1:8480"}
+    assert read_flat(text) == tomllib.loads(text)
+    settings_file = tmp_path / "etc/opsctl/agent.toml"
+    settings_file.parent.mkdir(parents=True)
+    settings_file.write_text(text)
+    assert read_settings(Paths(tmp_path)) == Settings('gpu"1', "10.0.0.2", 9777, "http://10.0.0.1:8480", 9400,
+                                                      ("GPU-a", "GPU-b"))
 
 
 PLACEMENT = {"instance": "chat.1", "service": "chat", "index": 1, "host": "gpu-1", "address": "10.0.0.2", "port": 8101,
@@ -116,8 +138,6 @@ def test_a_placement_is_read_back_as_it_was_dealt(gpus: tuple[str, ...]) -> None
 
 
 def test_the_reader_of_hosts_without_tomllib_reads_it_too() -> None:
-    from opsctl.agent.flat_toml import read_flat
-
     text = render("roles/inference/templates/placement.toml.j2", item=PLACEMENT)
     assert read_flat(text) == tomllib.loads(text)
 

@@ -1,7 +1,7 @@
 """Prints what is wrong with a virtual environment: ENVIRONMENT REQUIREMENTS.
 
-``environment``: there is none, or it was made for another Python. ``package``: the one package of the requirements
-file is missing, has another version, or a file of it is not what its RECORD says. ``intact``: nothing.
+``environment``: there is none, or it was made for another Python. ``package``: a package of the requirements file is
+missing, has another version, or a file of it is not what its RECORD says. ``intact``: nothing.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ def verdict(environment: Path, requirements: Path) -> str:
         return "environment"
     if not requirements.is_file():
         return "package"
-    wanted = REQUIREMENT.search(requirements.read_text(encoding="utf-8"))
-    if wanted is None:
-        return "package"
-    folded = re.sub(r"[-_.]+", "_", wanted["name"]).lower()
+    wanted = list(REQUIREMENT.finditer(requirements.read_text(encoding="utf-8")))
+    return "intact" if wanted and all(is_intact(packages, one["name"], one["version"]) for one in wanted) else "package"
+
+
+def is_intact(packages: Path, name: str, version: str) -> bool:
+    """Whether this version of the package is installed, alone, and as its RECORD says."""
+    folded = re.sub(r"[-_.]+", "_", name).lower()
     found = [path for path in packages.glob("*.dist-info") if path.name.lower().startswith(folded + "-")]
-    if [path.name.lower() for path in found] != [f"{folded}-{wanted['version'].lower()}.dist-info"]:
-        return "package"
-    return "intact" if all(map(is_as_recorded, recorded(packages, found[0]))) else "package"
+    if [path.name.lower() for path in found] != [f"{folded}-{version.lower()}.dist-info"]:
+        return False
+    return all(map(is_as_recorded, recorded(packages, found[0])))
 
 
 def recorded(packages: Path, dist_info: Path) -> list[tuple[Path, str]]:

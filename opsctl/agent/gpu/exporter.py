@@ -1,0 +1,142 @@
+"""The GPUs of this host, in the agent: reader, kernel log, page and file together. Nothing here may stop the voice.
+
+A host without GPUs, where no placement names one and no driver made device nodes, has no reader and pays for nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from opsctl.agent.drains import boot_clock
+from opsctl.agent.gpu import kernel_log, told
+from opsctl.agent.gpu.metrics import Known, render, values
+from opsctl.agent.gpu.reader import TICK_S, Reader
+from opsctl.agent.gpu.verdict import Verdict, judge
+from opsctl.agent.gpu.web import Answer, Request, Web
+from opsctl.agent.gpu.xids import Xids
+from opsctl.agent.paths import Paths
+from opsctl.agent.settings import Settings, read_placements
+from opsctl.errors import OpsctlError
+
+LOOK_S = 10.0  # at placements and device nodes
+LISTEN_AGAIN_S = 10.0
+
+
+class Exporter:
+    """Port 9400 and ``/run/opsctl/agent/gpus.json``."""
+
+    def __init__(self, paths: Paths, settings: Settings, version: str, say: Callable[[str], None],
+                 clock: Callable[[], float] = boot_clock) -> None:
+        self._paths, self._settings, self._version, self._say, self._clock = paths, settings, version, say, clock
+        self._xids = Xids()
+        self.reader = Reader(paths.gpu_reader_lock, say, lambda pci, xid, at: self._seen("event", pci, xid, at),
+                             clock=clock)
+        self._owners: dict[str, str] = {}
+        self._expected: tuple[str, ...] = settings.gpus
+        self._nodes = False
+        self._looked = -math.inf
+        self._broken = ""
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="scrape")  # one page at a time, beside the loop
+
+    @property
+    def wanted(self) -> bool:
+        """Whether this host has GPUs, or should have."""
+        return self._nodes or bool(self._expected)
+
+    def verdict(self) -> Verdict:
+        return judge(self.reader.view, self._clock(), self.wanted, self._expected, told.loaded_driver(self._paths.root))
+
+    def known(self) -> Known:
+        return Known(self._settings.host, self._version, self.reader.view, self.verdict(), self._xids, self._expected,
+                     self._owners, self._clock())
+
+    def look(self) -> None:
+        """At the placements and device nodes, now and then: Ansible changes them while the agent runs."""
+        if self._clock() - self._looked < LOOK_S:
+            return
+        self._looked = self._clock()
+        self._nodes = told.has_nodes(self._paths.root)
+        with suppress(OpsctlError):  # opsctl-host state says what is wrong with a placement
+            placed = read_placements(self._paths)
+            self._owners = {uuid: one.instance for one in placed for uuid in one.gpus}
+            self._expected = tuple(dict.fromkeys([*self._settings.gpus, *self._owners]))
+
+    async def tend(self) -> None:
+        """Looks after reader and file for ever."""
+        written = False
+        try:
+            while True:
+                self.look()
+                view = self.reader.view
+                incomplete = view.fresh(self._clock()) and self.verdict().state in ("lost", "missing")
+                self.reader.tick(self.wanted, incomplete)
+                if self.wanted or written:
+                    written = self._write()
+                await asyncio.sleep(TICK_S)
+        finally:
+            self.reader.stop()
+            self._paths.gpus.unlink(missing_ok=True)
+
+    async def hear_kernel(self) -> None:
+        """Takes errors from the kernel's log for ever; waits until this host has GPUs."""
+        while not self.wanted:
+            await asyncio.sleep(LOOK_S)
+        async for entry in kernel_log.follow(self._say):
+            self._seen("log", entry.pci, entry.xid, entry.wall)
+
+    async def serve(self) -> None:
+        """Listens for ever; an address that is taken is tried again."""
+        if not self._settings.exporter_port:
+            return
+        complained = False
+        while True:
+            try:
+                server = await Web(self.answer).serve(self._settings.listen, self._settings.exporter_port)
+            except OSError as error:
+                if not complained:
+                    self._say(f"metrics cannot be served: {error}; trying again")
+                complained = True
+                await asyncio.sleep(LISTEN_AGAIN_S)
+                continue
+            async with server:
+                await server.serve_forever()
+
+    async def answer(self, request: Request) -> Answer:
+        """``/metrics`` and ``/health``."""
+        if request.path == "/health":
+            verdict = self.verdict()
+            return Answer(200 if verdict.healthy else 503, f"{verdict.state}: {verdict.words}".rstrip(": ").encode()
+                          + b"\n")
+        if request.path != "/metrics":
+            return Answer(404, b"GET /metrics or /health\n")
+        try:
+            status, headers, body = await asyncio.get_running_loop().run_in_executor(
+                self._pool, render, list(values(self.known())), request.query, request.headers)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with the page, the voice goes on
+            words = f"no metrics: {type(error).__name__}: {error}"
+            if words != self._broken:
+                self._say(words)
+            self._broken = words
+            return Answer(500, words.encode() + b"\n")
+        return Answer(status, body, headers)
+
+    def _write(self) -> bool:
+        known = self.known()
+        try:
+            told.write(self._paths.gpus, told.document(known.view, known.verdict, self._xids, self._expected,
+                                                       self._owners, known.now))
+        except OSError as error:
+            if str(error) != self._broken:
+                self._say(f"{self._paths.gpus} cannot be written: {error}")
+            self._broken = str(error)
+        return self.wanted
+
+    def _seen(self, source: str, pci: str, xid: int, at: float) -> None:
+        if self._xids.seen(source, pci, xid, at):
+            gpu = self.reader.view.gpus.get(pci, {})
+            self._say(f"XID {xid} of GPU {gpu.get('index', '?')} ({gpu.get('uuid', pci)}), told by the "
+                      f"{'driver' if source == 'event' else 'kernel log'} at {told.utc(at)}")

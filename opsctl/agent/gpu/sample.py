@@ -1,0 +1,234 @@
+"""Everything worth knowing of one GPU, as plain data: ``open_gpus`` once, then ``sample`` each second.
+
+A key is there when the GPU has it. Units stand in the names; a margin is signed, in degrees to the temperature at which
+the driver begins to slow the GPU down, and 0 or less is a value like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from opsctl.agent.gpu.gpm import Gpm
+from opsctl.agent.gpu.nvml import LostError, Nvml
+
+MIB = 1024 * 1024
+ABSURD_C = 200  # DCGM takes nothing above for a temperature
+CLOCK_SM, CLOCK_MEM = 1, 2
+CORE = 0  # NVML_TEMPERATURE_GPU
+
+# Field ids of nvml.h. One call asks for all of them.
+MEMORY_TEMPERATURE = 82
+ECC = {"sbe_volatile": 3, "dbe_volatile": 4, "sbe_aggregate": 5, "dbe_aggregate": 6}
+VIOLATIONS_NS = {"power": 74, "thermal": 75, "sync_boost": 76, "board_limit": 77, "low_utilisation": 78,
+                 "reliability": 79}
+SLOWDOWNS_NS = {"sw_thermal_slowdown": 269, "hw_thermal_slowdown": 270, "hw_power_brake": 271}
+OFFSETS = {"shutdown": 193, "slowdown": 194, "memory_max": 195, "max_operating": 196}  # signed, on the margin's scale
+RECOVERY_ACTION = 230
+FIELDS = (MEMORY_TEMPERATURE, *ECC.values(), *VIOLATIONS_NS.values(), *SLOWDOWNS_NS.values(), *OFFSETS.values(),
+          RECOVERY_ACTION)
+# NVML_TEMPERATURE_THRESHOLD_*
+THRESHOLDS = {"shutdown": 0, "slowdown": 1, "memory_max": 2, "max_operating": 3}
+VALUE_OF_TYPE = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")
+
+
+@dataclass
+class Gpu:
+    """One GPU that NVML knows; ``identity`` and ``fixed`` do not change while the driver is loaded."""
+
+    index: int
+    handle: Any = None
+    identity: dict[str, Any] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
+    gpm: Gpm | None = None
+
+
+def open_gpus(nvml: Nvml) -> list[Gpu]:
+    """All GPUs, by index; one that is lost has no handle. Raises GoneError."""
+    gpus = []
+    for index in range(nvml.ask(-1, ("nvmlDeviceGetCount",)) or 0):
+        gpu = Gpu(index)
+        try:
+            handle = nvml.ask(index, ("nvmlDeviceGetHandleByIndex", index))
+            if handle is not None:
+                gpu.identity = _identity(nvml, index, handle)
+                gpu.fixed = _fixed(nvml, index, handle)
+                gpu.gpm = Gpm.of(nvml, index, handle)
+                gpu.handle = handle
+        except LostError:
+            gpu.handle = None
+        gpus.append(gpu)
+    return gpus
+
+
+def host_facts(nvml: Nvml) -> dict[str, Any]:
+    """Versions of the driver and of the CUDA that it brings."""
+    cuda = nvml.ask(-1, ("nvmlSystemGetCudaDriverVersion_v2",), ("nvmlSystemGetCudaDriverVersion",))
+    return _there({"driver": nvml.ask(-1, ("nvmlSystemGetDriverVersion",)),
+                   "cuda": None if cuda is None else f"{cuda // 1000}.{cuda % 1000 // 10}"})
+
+
+def sample(nvml: Nvml, gpu: Gpu) -> dict[str, Any]:
+    """One GPU now. ``state`` is ``ok`` or ``lost``, with words. Raises GoneError."""
+    known = {"index": gpu.index, **gpu.identity, **gpu.fixed}
+    nvml.troubles.clear()
+    try:
+        if gpu.handle is None:
+            raise LostError("NVML gives no handle for it")
+        values = _values(nvml, gpu)
+    except LostError as error:
+        return {**known, "state": "lost", "words": str(error)}
+    return {**known, **values, "state": "ok", "words": "; ".join(nvml.troubles[:3])}
+
+
+def margin(api: int | None, values: dict[str, Any], offsets: dict[str, Any], thresholds: dict[str, Any]
+           ) -> dict[str, Any]:
+    """``margin_c`` and where it comes from: ``margin_api``, ``fields`` or ``thresholds``; {} when nobody knows. Pure.
+
+    The margin API takes the least over all sensors. The others only know those that can be read: with ``fields`` the
+    highest operating temperature is the slowdown (or shutdown) threshold less its offset, with ``thresholds`` it is a
+    threshold itself, or else the slowdown's.
+    """
+    if api is not None:
+        return {"margin_c": api, "margin_source": "margin_api"}
+    core = values.get("temperature_c")
+    if core is None:
+        return {}
+    highest, source = None, "thresholds"
+    for name in ("slowdown", "shutdown"):
+        if highest is None and name in offsets and name in thresholds:
+            highest, source = thresholds[name] + offsets[name], "fields"
+    if highest is None:
+        highest = thresholds.get("max_operating", thresholds.get("slowdown"))
+    if highest is None:
+        return {}
+    margins = [highest - core]
+    if "memory_temperature_c" in values and "memory_max" in thresholds:
+        margins.append(thresholds["memory_max"] - values["memory_temperature_c"])
+    return {"margin_c": min(margins), "margin_source": source}
+
+
+def _identity(nvml: Nvml, index: int, handle: Any) -> dict[str, Any]:
+    pci = nvml.ask(index, ("nvmlDeviceGetPciInfo", handle))
+    return _there({
+        "uuid": nvml.ask(index, ("nvmlDeviceGetUUID", handle)),
+        "name": nvml.ask(index, ("nvmlDeviceGetName", handle)),
+        "pci": str(pci.busId).upper() if pci is not None else None,
+        "minor": nvml.ask(index, ("nvmlDeviceGetMinorNumber", handle)),
+        "serial": nvml.ask(index, ("nvmlDeviceGetSerial", handle)),
+        "vbios": nvml.ask(index, ("nvmlDeviceGetVbiosVersion", handle)),
+    })
+
+
+def _fixed(nvml: Nvml, index: int, handle: Any) -> dict[str, Any]:
+    limits = nvml.ask(index, ("nvmlDeviceGetPowerManagementLimitConstraints", handle)) or (None, None)
+    default = nvml.ask(index, ("nvmlDeviceGetPowerManagementDefaultLimit", handle))
+    power = {"default": default, "min": limits[0], "max": limits[1]}
+    thresholds = {name: nvml.ask(index, ("nvmlDeviceGetTemperatureThreshold", handle, number))
+                  for name, number in THRESHOLDS.items()}
+    return _there({
+        "power_limits_w": _there({name: _scaled(value, 1000) for name, value in power.items()}),
+        "thresholds_c": {name: value for name, value in thresholds.items() if value and value < ABSURD_C},
+        "clock_sm_max_mhz": nvml.ask(index, ("nvmlDeviceGetMaxClockInfo", handle, CLOCK_SM)),
+    })
+
+
+def _values(nvml: Nvml, gpu: Gpu) -> dict[str, Any]:
+    index, handle = gpu.index, gpu.handle
+
+    def ask(*attempts: tuple[Any, ...]) -> Any:
+        return nvml.ask(index, *((name, handle, *more) for name, *more in attempts))
+
+    fields = _fields(ask(("nvmlDeviceGetFieldValues", list(FIELDS))))
+    values = _there({
+        "temperature_c": _temperature(ask(("nvmlDeviceGetTemperatureV", CORE), ("nvmlDeviceGetTemperature", CORE))),
+        "memory_temperature_c": _temperature(fields.get(MEMORY_TEMPERATURE)),
+        "clock_sm_mhz": ask(("nvmlDeviceGetClockInfo", CLOCK_SM)),
+        "clock_memory_mhz": ask(("nvmlDeviceGetClockInfo", CLOCK_MEM)),
+        "power_w": _scaled(ask(("nvmlDeviceGetPowerUsage",)), 1000),
+        "energy_mj": ask(("nvmlDeviceGetTotalEnergyConsumption",)),
+        "reasons": ask(("nvmlDeviceGetCurrentClocksEventReasons",), ("nvmlDeviceGetCurrentClocksThrottleReasons",)),
+        "pcie_replays": ask(("nvmlDeviceGetPcieReplayCounter",)),
+        "recovery_action": fields.get(RECOVERY_ACTION),
+        "ecc": _named(ECC, fields),
+        "violations_ns": _named(VIOLATIONS_NS, fields),
+        "slowdowns_ns": _named(SLOWDOWNS_NS, fields),
+        "offsets_c": _named(OFFSETS, fields),
+        "profile": gpu.gpm.metrics(nvml) if gpu.gpm else None,
+    })
+    processes = ask(("nvmlDeviceGetComputeRunningProcesses_v3",))
+    if processes is not None:
+        values["pids"] = sorted(one.pid for one in processes)
+    enforced = _scaled(ask(("nvmlDeviceGetEnforcedPowerLimit",)), 1000)
+    if enforced is not None:
+        values["power_limits_w"] = {**gpu.fixed.get("power_limits_w", {}), "enforced": enforced}
+    used = ask(("nvmlDeviceGetUtilizationRates",))
+    if used is not None:
+        values |= {"utilisation_percent": used.gpu, "memory_utilisation_percent": used.memory}
+    for name, function in (("encoder", "nvmlDeviceGetEncoderUtilization"),
+                           ("decoder", "nvmlDeviceGetDecoderUtilization")):
+        pair = ask((function,))
+        if pair is not None:
+            values[f"{name}_percent"] = pair[0]
+    rows = ask(("nvmlDeviceGetRemappedRows",))
+    if rows is not None:
+        values["remapped"] = dict(zip(("correctable", "uncorrectable", "pending", "failure"), map(int, rows),
+                                      strict=True))
+    values |= _memory(nvml, index, handle)
+    values |= margin(ask(("nvmlDeviceGetMarginTemperature",)), values, values.get("offsets_c", {}),
+                     gpu.fixed.get("thresholds_c", {}))
+    return values | _there({"mig": _mig(nvml, index, handle)})
+
+
+def _memory(nvml: Nvml, index: int, handle: Any) -> dict[str, Any]:
+    version = getattr(nvml.library, "nvmlMemory_v2", 0x02000028)
+    told = nvml.ask(index, ("nvmlDeviceGetMemoryInfo", handle, version), ("nvmlDeviceGetMemoryInfo", handle))
+    if told is None:
+        return {}
+    reserved = getattr(told, "reserved", None)  # the first version counts it as used
+    return _there({"memory_used_mib": told.used / MIB, "memory_free_mib": told.free / MIB,
+                   "memory_total_mib": told.total / MIB, "memory_reserved_mib": _scaled(reserved, MIB)})
+
+
+def _mig(nvml: Nvml, index: int, handle: Any) -> list[dict[str, Any]] | None:
+    """The GPU instances of a GPU that is cut into parts: id, profile such as ``1g.10gb``, memory."""
+    mode = nvml.ask(index, ("nvmlDeviceGetMigMode", handle))
+    if not mode or not mode[0]:
+        return None
+    found = []
+    for number in range(nvml.ask(index, ("nvmlDeviceGetMaxMigDeviceCount", handle)) or 0):
+        part = nvml.ask(index, ("nvmlDeviceGetMigDeviceHandleByIndex", handle, number))
+        if part is not None:
+            name = str(nvml.ask(index, ("nvmlDeviceGetName", part)) or "")
+            found.append({"id": nvml.ask(index, ("nvmlDeviceGetGpuInstanceId", part)),
+                          "profile": name.rpartition("MIG ")[2], "uuid": nvml.ask(index, ("nvmlDeviceGetUUID", part)),
+                          **_memory(nvml, index, part)})
+    return found
+
+
+def _fields(answer: Any) -> dict[int, int | float]:
+    """By field id, those that this GPU answers."""
+    found: dict[int, int | float] = {}
+    for one in answer or ():
+        if one.nvmlReturn == 0:
+            # Drivers of branch 545 call the memory's temperature something else than what they write there.
+            kind = 1 if one.fieldId == MEMORY_TEMPERATURE else one.valueType
+            if kind < len(VALUE_OF_TYPE):
+                found[one.fieldId] = getattr(one.value, VALUE_OF_TYPE[kind])
+    return found
+
+
+def _named(names: dict[str, int], fields: dict[int, int | float]) -> dict[str, int | float] | None:
+    return {name: fields[number] for name, number in names.items() if number in fields} or None
+
+
+def _temperature(value: Any) -> int | None:
+    return None if value is None or value > ABSURD_C else int(value)
+
+
+def _scaled(value: Any, divisor: int) -> float | None:
+    return None if value is None else value / divisor
+
+
+def _there(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}

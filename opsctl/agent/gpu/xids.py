@@ -1,0 +1,61 @@
+"""How often each GPU reported which error (XID), and when last. Pure: times come from the caller.
+
+The same error comes from NVML and from the kernel's log; it counts once. Two that come from the same source are two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+SAME_S = 5.0  # between the two tellings of one error
+RECENT = 5  # that opsctl-host state tells of a GPU: of the last day
+DAY_S = 24 * 3600.0
+
+
+@dataclass
+class Count:
+    """One error of one GPU. ``at`` is seconds since 1970."""
+
+    count: int = 0
+    at: float = 0.0
+    open: dict[str, list[float]] = field(default_factory=dict)  # by source: times that the other has not told yet
+
+
+class Xids:
+    """Counts since the agent began; ``pci`` is the address as NVML writes it."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, int], Count] = {}
+        self._last: dict[str, int] = {}
+
+    def seen(self, source: str, pci: str, xid: int, at: float) -> bool:
+        """``source`` is ``event`` or ``log``. False: the other source told of it already."""
+        one = self._counts.setdefault((pci, xid), Count())
+        for other, times in one.open.items():
+            times[:] = [time for time in times if abs(time - at) <= SAME_S]
+            if other != source and times:
+                times.pop(0)
+                return False
+        one.open.setdefault(source, []).append(at)
+        one.count += 1
+        if at >= max((count.at for (where, _), count in self._counts.items() if where == pci), default=0.0):
+            self._last[pci] = xid
+        one.at = max(one.at, at)
+        return True
+
+    def of(self, pci: str) -> dict[int, Count]:
+        """By number."""
+        return {xid: count for (where, xid), count in sorted(self._counts.items()) if where == pci}
+
+    def last(self, pci: str) -> int:
+        """The number of the newest, 0 when there was none."""
+        return self._last.get(pci, 0)
+
+    def addresses(self) -> set[str]:
+        return {pci for pci, _ in self._counts}
+
+    def recent(self, pci: str, now: float) -> list[dict[str, float | int]]:
+        """The newest first: ``{"xid", "count", "at"}``; ``now`` and ``at`` are seconds since 1970."""
+        found = sorted(self.of(pci).items(), key=lambda item: -item[1].at)[:RECENT]
+        found = [(xid, one) for xid, one in found if now - one.at <= DAY_S]
+        return [{"xid": xid, "count": one.count, "at": one.at} for xid, one in found]

@@ -1,0 +1,178 @@
+"""The reader on the lab's NVML: the real nvidia-ml-py, a C library of each driver and GPU model, and its faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("opsctl.lab.gpu.library", reason="this opsctl has no simulated GPUs")
+pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not on this machine")
+
+DRIVER = "580.126.09"
+FIRST, SECOND = (f"GPU-00000000-0000-0000-0000-00000000000{number}" for number in (1, 2))
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders with a library: one as it should be, and one of a driver that does not know the margin."""
+    from opsctl.lab.gpu.library import NAME, build
+
+    found = {}
+    for name, without in (("whole", ()), ("older", ("nvmlDeviceGetMarginTemperature", "nvmlDeviceGetTemperatureV"))):
+        folder = tmp_path_factory.mktemp(name)
+        build(DRIVER, folder / NAME, without=without)
+        found[name] = folder
+    return found
+
+
+class Simulated:
+    """A machine's GPUs in a file, one tick old, and a reader process on them."""
+
+    def __init__(self, folder: Path, library: Path, model: str, loaded: str = DRIVER) -> None:
+        from opsctl.lab.gpu import board, profiles, state_file
+
+        self.profile = profiles.named(model)
+        state_file.create(folder / "state", [FIRST, SECOND], self.profile)
+        self.state = state_file.StateFile(folder / "state")
+        self.board = board.Board(self.profile, self.state, self.well())
+        self.board.boot()
+        self.state.machine.module_version = loaded.encode()
+        self.tick()
+        (folder / "dev").mkdir()
+        for name in ("nvidiactl", "nvidia0", "nvidia1"):
+            (folder / "dev" / name).touch()
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(library), "OPSCTL_LAB_GPU_STATE": str(folder / "state"),
+                       "OPSCTL_LAB_GPU_DEVICES": str(folder / "dev")}
+        self.reader = subprocess.Popen([sys.executable, "-I", "-m", "opsctl.agent.gpu.child", str(folder / "lock")],
+                                       stdout=subprocess.PIPE, env=environment)
+
+    @staticmethod
+    def well() -> Any:
+        from opsctl.lab.gpu.faults import Faults
+
+        return Faults()
+
+    def tick(self) -> None:
+        self.board.tick(self.well(), 0.1)
+
+    def next(self, kind: str) -> dict[str, Any]:
+        """The next line of that kind."""
+        assert self.reader.stdout is not None
+        for line in self.reader.stdout:
+            document: dict[str, Any] = json.loads(line)
+            if document["kind"] == kind:
+                return document
+        raise AssertionError("the reader has ended")
+
+
+@pytest.fixture
+def simulated(tmp_path: Path, libraries: dict[str, Path]) -> Iterator[Any]:
+    made: list[Simulated] = []
+
+    @contextmanager
+    def make(model: str = "H200", library: str = "whole", **more: Any) -> Iterator[Simulated]:
+        folder = tmp_path / str(len(made))
+        folder.mkdir()
+        one = Simulated(folder, libraries[library], model, **more)
+        made.append(one)
+        try:
+            yield one
+        finally:
+            for gpu in one.state.machine.gpus:
+                gpu.hang_until_ns = 0
+            one.reader.send_signal(signal.SIGTERM)
+            one.reader.communicate(timeout=30)
+
+    return make
+
+
+MODELS = ["H100", "H200", "B200", "A100", "L40S", "T4", "RTX 4090", "V100"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_model_is_read_as_it_is(simulated: Any, model: str) -> None:
+    with simulated(model) as one:
+        sample = one.next("sample")
+        if one.profile.gpm:  # what lies between two samples, which are of two ticks
+            one.tick()
+            sample = one.next("sample")
+    first, _ = sample["gpus"]
+    assert (sample["state"], sample["driver"], sample["cuda"]) == ("ok", DRIVER, "13.0")
+    assert (first["state"], first["words"], first["uuid"], first["pci"]) == ("ok", "", FIRST, "00000000:1A:00.0")
+    assert first["margin_source"] == ("margin_api" if one.profile.t_limit else "thresholds")
+    assert ("memory_temperature_c" in first) == (one.profile.memory_max_c is not None)
+    assert ("profile" in first) == one.profile.gpm
+    assert ("remapped" in first) == one.profile.row_remapper
+    assert first["memory_total_mib"] == one.profile.memory_mib
+    assert first["power_limits_w"] == {"default": one.profile.power_default_w, "min": one.profile.power_min_w,
+                                       "max": one.profile.power_max_w, "enforced": one.profile.power_default_w}
+    assert sample["took_s"] < 1
+
+
+def test_a_library_without_the_newer_names(simulated: Any) -> None:
+    with simulated("H200", "older") as one:
+        first = one.next("sample")["gpus"][0]
+    assert first["margin_source"] == "fields"
+    assert first["margin_c"] == one.profile.max_operating_c - first["temperature_c"]
+
+
+def test_a_margin_that_is_used_up(simulated: Any) -> None:
+    from opsctl.lab.gpu import layout
+
+    with simulated() as one:
+        one.next("sample")
+        now = layout.Now.from_buffer_copy(one.state.machine.gpus[0].now)
+        now.margin_c = -3
+        one.state.publish(0, now)
+        for _ in range(2):  # one may be on its way
+            first, second = one.next("sample")["gpus"]
+        assert first["margin_c"] == -3
+        assert second["margin_c"] > 0
+
+
+def test_a_hang_is_told_while_it_lasts_and_ended_in_good_order(simulated: Any) -> None:
+    with simulated() as one:
+        one.next("sample")
+        one.state.machine.gpus[1].hang_until_ns = time.monotonic_ns() + 3600 * 10**9
+        told = one.next("waiting")
+        assert told["gpu"] == 1
+        assert told["call"].startswith("nvml")
+        one.reader.send_signal(signal.SIGTERM)
+        one.next("waiting")  # it lives, and says so
+        assert one.reader.poll() is None
+        one.state.machine.gpus[1].hang_until_ns = 0
+        assert one.reader.wait(20) == 0
+
+
+def test_a_gpu_that_falls_off_the_bus(simulated: Any) -> None:
+    with simulated() as one:
+        one.next("sample")
+        one.state.machine.gpus[1].lost = 1
+        one.state.happened(1, 79)
+        event = one.next("xid")
+        assert (event["xid"], event["pci"]) == (79, "00000000:3D:00.0")
+        one.state.happened(1, 79)
+        assert one.next("xid")["xid"] == 79
+        for _ in range(2):
+            first, second = one.next("sample")["gpus"]
+    assert first["state"] == "ok"
+    assert (second["state"], second["uuid"]) == ("lost", SECOND)
+    assert "temperature_c" not in second
+
+
+@pytest.mark.parametrize(("loaded", "state"), [("", "no_driver"), ("580.159.04", "mismatch")])
+def test_a_driver_that_is_another(simulated: Any, loaded: str, state: str) -> None:
+    with simulated(loaded=loaded) as one:
+        assert one.next("sample")["state"] == state
+        assert one.reader.wait(10) == 0

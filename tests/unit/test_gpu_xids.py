@@ -1,0 +1,118 @@
+"""XIDs: twice told is once, twice happened is twice, and the kernel's log is read as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from opsctl.agent.gpu.kernel_log import Entry, entry_of, follow, journal_entry, kmsg_entry
+from opsctl.agent.gpu.xids import Xids
+
+PCI = "00000000:1A:00.0"
+LINE = "NVRM: Xid (PCI:0000:1a:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus."
+
+
+@pytest.mark.parametrize(("told", "count", "at"), [
+    ([("event", 100.0)], 1, 100.0),
+    ([("event", 100.0), ("log", 101.0)], 1, 100.0),
+    ([("log", 100.0), ("event", 103.0)], 1, 100.0),
+    ([("event", 100.0), ("event", 100.5)], 2, 100.5),
+    ([("event", 100.0), ("event", 100.5), ("log", 100.1), ("log", 100.6)], 2, 100.5),
+    ([("log", 100.0), ("log", 100.0)], 2, 100.0),
+    ([("event", 100.0), ("log", 106.0)], 2, 106.0),
+    ([("log", 200.0), ("log", 100.0)], 2, 200.0),
+])
+def test_how_often(told: list[tuple[str, float]], count: int, at: float) -> None:
+    xids = Xids()
+    for source, time in told:
+        xids.seen(source, PCI, 79, time)
+    assert (xids.of(PCI)[79].count, xids.of(PCI)[79].at) == (count, at)
+
+
+def test_errors_and_gpus_are_told_apart() -> None:
+    xids = Xids()
+    for source, pci, xid, time in (("log", PCI, 31, 10.0), ("event", PCI, 79, 20.0), ("log", "other", 79, 20.0),
+                                   ("log", PCI, 13, 15.0)):
+        assert xids.seen(source, pci, xid, time)
+    assert {xid: one.count for xid, one in xids.of(PCI).items()} == {13: 1, 31: 1, 79: 1}
+    assert (xids.last(PCI), xids.last("other"), xids.last("none")) == (79, 79, 0)
+    assert [one["xid"] for one in xids.recent(PCI, 30.0)] == [79, 13, 31]
+    assert xids.recent(PCI, 20.0 + 25 * 3600) == []
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    (LINE, Entry(PCI, 79, 5.0)),
+    ("NVRM: Xid (0000:1a:00): 31, Ch 00000010", Entry(PCI, 31, 5.0)),
+    ("NVRM: Xid (PCI:0000:1a:00 GPU-I:02): 31, pid=1", Entry(PCI, 31, 5.0)),
+    ("NVRM: Xid (PCI:0010:c1:00): 62, 32a5", Entry("00000010:C1:00.0", 62, 5.0)),
+    ("NVRM: loading NVIDIA UNIX Open Kernel Module", None),
+    ("nothing of the kind: Xid 79", None),
+])
+def test_a_line_of_the_log(text: str, expected: Entry | None) -> None:
+    assert entry_of(text, 5.0) == expected
+
+
+def test_the_kernels_own_times() -> None:
+    assert kmsg_entry(f"4,1234,5000000,-;{LINE}", 1000.0, 8_000_000) == Entry(PCI, 79, 997.0)
+    assert kmsg_entry(" SUBSYSTEM=pci", 1000.0, 8_000_000) is None
+    assert kmsg_entry(LINE, 1000.0, 8_000_000) == Entry(PCI, 79, 1000.0)
+    document = {"MESSAGE": LINE, "__REALTIME_TIMESTAMP": "1700000000500000", "_TRANSPORT": "kernel"}
+    assert journal_entry(json.dumps(document)) == Entry(PCI, 79, 1700000000.5)
+    for line in ("", "{", "[]", json.dumps({"MESSAGE": [1, 2], "__REALTIME_TIMESTAMP": "x"})):
+        assert journal_entry(line) is None
+
+
+def test_the_log_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe stands in for /dev/kmsg: opened without waiting, read record by record."""
+    monkeypatch.setattr("opsctl.agent.gpu.kernel_log.POLL_S", 0.01)
+    kmsg = tmp_path / "kmsg"
+    os.mkfifo(kmsg)
+    writer = os.open(kmsg, os.O_RDWR)
+    os.write(writer, f"6,1,1,-;something else\n4,2,2,-;{LINE}\n SUBSYSTEM=pci\n".encode())
+    found: list[int] = []
+
+    async def listen() -> None:
+        async for entry in follow(lambda _: None, kmsg):
+            found.append(entry.xid)
+            if len(found) == 2:
+                return
+            os.write(writer, b"4,3,3,-;NVRM: Xid (PCI:0000:1a:00): 31, x\n")
+
+    asyncio.run(asyncio.wait_for(listen(), 10))
+    os.close(writer)
+    assert found == [79, 31]
+
+
+def test_where_nothing_can_be_read_it_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opsctl.agent.gpu.kernel_log.JOURNAL", ("false",))
+    monkeypatch.setattr("opsctl.agent.gpu.kernel_log.JOURNAL_AGAIN_S", 0.01)
+    said: list[str] = []
+
+    async def listen() -> None:
+        async for _ in follow(said.append, tmp_path / "none"):
+            raise AssertionError
+
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(asyncio.wait_for(listen(), 0.5))
+    assert len(said) == 1
+    assert "only errors that NVML reports are seen" in said[0]
+
+
+def test_the_journal_is_read_where_the_kernels_log_may_not_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = json.dumps({"MESSAGE": LINE, "__REALTIME_TIMESTAMP": "1700000000500000"})
+    monkeypatch.setattr("opsctl.agent.gpu.kernel_log.JOURNAL", ("printf", f"{line}\\n{line}\\n"))
+    monkeypatch.setattr("opsctl.agent.gpu.kernel_log.JOURNAL_AGAIN_S", 0.01)
+    found: list[Entry] = []
+
+    async def listen() -> None:
+        async for entry in follow(lambda _: None, tmp_path / "none"):
+            found.append(entry)
+
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(asyncio.wait_for(listen(), 0.5))
+    assert found == [Entry(PCI, 79, 1700000000.5)] * len(found)
+    assert len(found) == 1  # it was started many times
