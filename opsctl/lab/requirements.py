@@ -49,6 +49,9 @@ class Missing:
     cure: str = ""  # what else does
 
 
+COMPILER = Missing("gcc, which compiles the GPU simulator", package="gcc libc6-dev")
+
+
 def missing(computer: Computer) -> tuple[Missing, ...]:
     """Everything a lab lacks here, what is easiest to mend first; empty when it can run."""
     lacks: list[Missing] = []
@@ -90,6 +93,16 @@ def require() -> None:
     lacks = missing(look())
     if lacks:
         sentence, hint = words(lacks)
+        raise RefusedError("lab.missing", sentence, hint=hint)
+
+
+def require_compiler() -> None:
+    """Raises:
+        RefusedError: ``lab.missing``: there is no C compiler, which only simulated GPUs need.
+    """
+    search = os.environ.get("PATH", "") + ":" + SYSTEM_PATH
+    if not shutil.which("gcc", path=search):
+        sentence, hint = words([COMPILER])
         raise RefusedError("lab.missing", sentence, hint=hint)
 
 
