@@ -16,6 +16,7 @@ PROGRAMS = {
     "systemd-nspawn": "systemd-container",
     "debootstrap": "debootstrap",
     "ip": "iproute2",
+    "nsenter": "util-linux",
     "mkfs.ext4": "e2fsprogs",
     "mount": "mount",
     "umount": "mount",

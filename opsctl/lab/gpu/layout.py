@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_char, c_int32, c_uint32, c_uint64
+from typing import Any
 
 MAGIC = 0x4F50534C  # "OPSL"
 VERSION = 1
@@ -28,26 +29,26 @@ ABILITIES = {name: 1 << bit for bit, name in enumerate(
 class Event(ctypes.Structure):
     """An XID; ``number`` counts from 1 and is written last."""
 
-    _fields_ = [("number", c_uint64), ("time_us", c_uint64), ("gpu", c_uint32), ("xid", c_uint32)]  # noqa: RUF012
+    _fields_ = [("number", c_uint64), ("time_us", c_uint64), ("gpu", c_uint32), ("xid", c_uint32)]
 
 
 class Process(ctypes.Structure):
     """A process that computes on a GPU; ``pid`` as the machine knows it."""
 
-    _fields_ = [("memory_bytes", c_uint64), ("pid", c_uint32), ("utilization_percent", c_uint32)]  # noqa: RUF012
+    _fields_ = [("memory_bytes", c_uint64), ("pid", c_uint32), ("utilization_percent", c_uint32)]
 
 
 class Mig(ctypes.Structure):
     """A MIG device: a compute instance that has all of its GPU instance."""
 
-    _fields_ = [("memory_mib", c_uint64), ("gpu_instance", c_uint32), ("compute_instance", c_uint32),  # noqa: RUF012
+    _fields_ = [("memory_mib", c_uint64), ("gpu_instance", c_uint32), ("compute_instance", c_uint32),
                 ("slices", c_uint32), ("reserved", c_uint32), ("uuid", c_char * TEXT)]
 
 
 class Fixed(ctypes.Structure):
     """What a GPU is; changes never while the machine runs. Limits in milliwatts, clocks in MHz, degrees Celsius."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("name", c_char * TEXT), ("uuid", c_char * TEXT), ("serial", c_char * TEXT), ("vbios", c_char * TEXT),
         ("board_part_number", c_char * TEXT),
         ("memory_bytes", c_uint64), ("memory_reserved_bytes", c_uint64), ("bar1_bytes", c_uint64),
@@ -65,14 +66,14 @@ class Fixed(ctypes.Structure):
 class Settings(ctypes.Structure):
     """What root sets; lost at boot. A locked clock of 0: none."""
 
-    _fields_ = [("persistence", c_uint32), ("power_limit_mw", c_uint32), ("locked_min_mhz", c_uint32),  # noqa: RUF012
+    _fields_ = [("persistence", c_uint32), ("power_limit_mw", c_uint32), ("locked_min_mhz", c_uint32),
                 ("locked_max_mhz", c_uint32)]
 
 
 class Now(ctypes.Structure):
     """What a GPU does at this moment."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("time_us", c_uint64), ("energy_mj", c_uint64), ("reasons", c_uint64), ("memory_used_bytes", c_uint64),
         ("busy_ns", c_uint64), ("memory_busy_ns", c_uint64),
         ("power_cap_ns", c_uint64), ("sw_thermal_ns", c_uint64), ("hw_thermal_ns", c_uint64), ("brake_ns", c_uint64),
@@ -92,14 +93,14 @@ class Now(ctypes.Structure):
 class Gpu(ctypes.Structure):
     """One GPU. ``hang_until_ns`` is on the monotonic clock; ``recovery_action`` as NVML's field 230."""
 
-    _fields_ = [("fixed", Fixed), ("settings", Settings), ("hang_until_ns", c_uint64), ("lost", c_uint32),  # noqa: RUF012
+    _fields_ = [("fixed", Fixed), ("settings", Settings), ("hang_until_ns", c_uint64), ("lost", c_uint32),
                 ("recovery_action", c_uint32), ("sequence", c_uint32), ("reserved", c_uint32), ("now", Now)]
 
 
 class Machine(ctypes.Structure):
     """The whole file. ``module_version`` is empty while no driver is loaded; ``beat_ns`` is the silicon's last tick."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("magic", c_uint32), ("version", c_uint32), ("gpu_count", c_uint32), ("fabric_state", c_uint32),
         ("boots", c_uint64), ("beat_ns", c_uint64), ("hang_until_ns", c_uint64),
         ("requested_version", c_char * TEXT), ("module_version", c_char * TEXT),
@@ -109,7 +110,7 @@ class Machine(ctypes.Structure):
 
 
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (Event, Process, Mig, Fixed, Settings, Now, Gpu, Machine)
-C_NAMES = {c_char: "char", c_int32: "int32_t", c_uint32: "uint32_t", c_uint64: "uint64_t"}
+C_NAMES: dict[Any, str] = {c_char: "char", c_int32: "int32_t", c_uint32: "uint32_t", c_uint64: "uint64_t"}
 SIZE = ctypes.sizeof(Machine)
 
 
@@ -128,7 +129,7 @@ def header() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _declaration(name: str, kind: type) -> str:
+def _declaration(name: str, kind: Any) -> str:
     suffix = ""
     if issubclass(kind, ctypes.Array):
         kind, suffix = kind._type_, f"[{kind._length_}]"

@@ -1,4 +1,4 @@
-"""From the CPU time of an instance's processes to the load of its GPUs, and back to how much CPU time it may have. Pure.
+"""From the CPU time of an instance to the load of its GPUs, and back to how much CPU time it may have. Pure.
 
 A GPU is fully busy at its maximum clock when its instance computes ``FULL_LOAD_CPUS`` seconds a second. At a lower
 clock it is fully busy with less, and the instance may have no more: that is what slows it.
@@ -57,8 +57,7 @@ def visible_gpus(setting: str | None, uuids: Sequence[str]) -> tuple[int, ...]:
     if setting is None:
         return tuple(range(len(uuids)))
     found: list[int] = []
-    for word in setting.split(","):
-        word = word.strip()
+    for word in (part.strip() for part in setting.split(",")):
         if word.isdigit() and int(word) < len(uuids):
             found.append(int(word))
             continue

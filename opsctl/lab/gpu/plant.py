@@ -1,4 +1,4 @@
-"""The physics and the driver of one GPU, stepped in time. Pure; temperatures in Celsius, power in watts, time in seconds.
+"""The physics and the driver of one GPU, stepped in time. Pure; degrees Celsius, watts, seconds.
 
 First order: the core drifts with ``tau_s`` towards inlet + resistance x power, memory a few degrees above that. The
 modelled driver holds the core at its maximum (SW thermal slowdown: an integrating governor), the hardware halves
