@@ -59,7 +59,7 @@ def create(path: Path, uuids: Sequence[str], profile: Profile, *, mig: int = 0) 
 def _describe(gpu: layout.Gpu, index: int, name: str, profile: Profile, mig: int) -> None:
     fixed = gpu.fixed
     major, minor = profile.compute_capability.split(".")
-    serial = str(1_650_000_000_000 + int(name[-9:], 16) % 1_000_000_000)
+    serial = str(1_650_000_000_000 + uuid.uuid5(NAMESPACE, name).int % 1_000_000_000)
     for field, value in {
         "name": profile.nvml_name.encode(), "uuid": name.encode(), "vbios": profile.vbios.encode(),
         "serial": serial.encode() if profile.form != "PCIe" or profile.ecc else b"",
