@@ -18,7 +18,9 @@
 #define DEVICES "/dev"
 #define STATE_OVERRIDE "OPSCTL_LAB_GPU_STATE"     /* for tests; both count only where there is no STATE */
 #define DEVICES_OVERRIDE "OPSCTL_LAB_GPU_DEVICES" /* the folder of nvidiactl and nvidia<n> */
-#define TORN_READS 1000                           /* a silicon that died in the middle leaves an odd sequence */
+#define SPINS 500 /* a tick is written in microseconds ... */
+#define NAPS 500  /* ... unless the silicon is held up in the middle, or has died there: then what there is must do */
+#define NAP_NS 1000000
 #define POLL_NS 20000000
 
 static pthread_mutex_t guard = PTHREAD_MUTEX_INITIALIZER;
@@ -187,14 +189,14 @@ nvmlReturn_t device_reach(nvmlDevice_t device) {
 /* One consistent tick of a GPU: read again when the silicon wrote meanwhile. */
 void now_of(nvmlDevice_t device, struct lab_now *now) {
     const struct lab_gpu *gpu = gpu_of(device);
-    for (int attempt = 0; attempt < TORN_READS; attempt++) {
+    for (int attempt = 0; attempt < SPINS + NAPS; attempt++) {
         uint32_t before = load_word(&gpu->sequence);
         memcpy(now, &gpu->now, sizeof *now);
         atomic_thread_fence(memory_order_acquire);
         if (!(before & 1) && before == load_word(&gpu->sequence))
             return;
-        if (attempt > TORN_READS / 2)
-            nanosleep(&(struct timespec){.tv_nsec = 10000}, NULL);
+        if (attempt >= SPINS)
+            nanosleep(&(struct timespec){.tv_nsec = NAP_NS}, NULL);
     }
 }
 
