@@ -9,11 +9,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from opsctl.cli import lab_load
+from opsctl.cli import lab_fault, lab_load
 from opsctl.cli.speak import AsJson, Debug, speaking
 
 app = typer.Typer(help="Real machines on this computer: a fleet to try, break and test everything on.",
                   no_args_is_help=True)
+app.command("fault", context_settings={"allow_interspersed_args": True})(lab_fault.fault)
 app.command("load", context_settings={"allow_interspersed_args": True})(lab_load.load)
 
 Name = Annotated[str | None, typer.Option("--name", help="Which lab. Default: lab, or the only one there is.",
@@ -32,6 +33,8 @@ def up(
                                                show_default=False)] = None,
     suite: Annotated[str | None, typer.Option("--suite", show_default="bookworm",
                                               help="Debian of the machines: bookworm or trixie.")] = None,
+    gpus: Annotated[str | None, typer.Option("--gpus", show_default=False, help="Simulated GPUs: 8xH200 for every "
+                                             "GPU host, or gpu-1=8xH200,gpu-2=4xL40S. Default: none.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -39,7 +42,7 @@ def up(
     with speaking("lab up", as_json=as_json, debug=debug) as speaker:
         from opsctl.lab import laboratory
 
-        brought = laboratory.up(name, gpu_hosts, fleet, suite, speaker.emit)
+        brought = laboratory.up(name, gpu_hosts, fleet, suite, speaker.emit, gpus)
         lab = brought.lab
         said = f"lab {lab.name}: {len(brought.booted)} booted" if brought.booted else f"lab {lab.name} runs already"
         document = {"changed": bool(brought.booted), "booted": list(brought.booted), "lab": laboratory.describe(lab)}
@@ -154,12 +157,20 @@ def model(
 
 def _table(labs: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("LAB", "MACHINE", "STATE", "ADDRESS", "LOGIN", "DISK"):
-        table.add_column(column, no_wrap=True)
+    has_gpus = any(machine["gpus"] for lab in labs for machine in lab["machines"])
+    for column in ("LAB", "MACHINE", "STATE", "ADDRESS", "LOGIN", "DISK", *(("GPUS", "FAULTS") if has_gpus else ())):
+        table.add_column(column, no_wrap=column != "FAULTS")
     for lab in labs:
         for machine in lab["machines"]:
             login = machine["user"] + (f" via {machine['proxy_jump']}" if machine["proxy_jump"] else "")
             style = {"running": "green", "off": "red", "unprepared": "yellow"}[machine["state"]]
             table.add_row(lab["name"], machine["name"], f"[{style}]{machine['state']}[/]", machine["address"], login,
-                          f"{machine['disk_bytes'] / 1e6:.0f} MB" if machine["disk_bytes"] else "-")
+                          f"{machine['disk_bytes'] / 1e6:.0f} MB" if machine["disk_bytes"] else "-",
+                          *(_gpu_cells(machine) if has_gpus else ()))
     return table
+
+
+def _gpu_cells(machine: dict[str, Any]) -> tuple[str, str]:
+    gpus = machine["gpus"]
+    return (f"{gpus['count']}x{gpus['model']}" if gpus else "-",
+            f"[yellow]{'; '.join(machine['faults'])}[/]" if machine["faults"] else "-")

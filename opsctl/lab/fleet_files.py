@@ -19,6 +19,7 @@ from opsctl.errors import RefusedError
 from opsctl.fleet.project import ANSIBLE_CFG, GITIGNORE, initialise
 from opsctl.fleet.ssh_config import private_directory
 from opsctl.lab.commands import run
+from opsctl.lab.gpu.state_file import gpu_uuids
 from opsctl.lab.state import Lab, Machine
 
 LOGIN_KEY = "keys/login"
@@ -27,14 +28,14 @@ RECEIPT = ".opsctl/lab.json"
 WORK = (".opsctl", "bundle", "keys", "trust", "__pycache__")
 
 SERVICES = """\
-# services.yml of a lab: one service, one instance a host, on the CPU.
+# services.yml of a lab: one service, one instance a host, {where}.
 chat:
   group: gpu
   port: 8100
   listen: 8000
   instances_per_host: 1
-  gpus_per_instance: 0
-  min_serving: 1
+  gpus_per_instance: {count}
+{split}  min_serving: 1
   first_release: v1
 """
 
@@ -74,18 +75,29 @@ def inventory(lab: Lab) -> str:
         lines.append(f"[{group}]")
         for machine in lab.machines:
             if group in machine.groups:
-                lines.append(machine.name if machine.name in seen else _host_line(machine))
+                lines.append(machine.name if machine.name in seen else _host_line(lab, machine))
                 seen.add(machine.name)
         lines.append("")
     return "\n".join([*lines, "[all:vars]", f"ansible_ssh_private_key_file={LOGIN_KEY}",
                       "ansible_python_interpreter=/usr/bin/python3", ""])
 
 
-def _host_line(machine: Machine) -> str:
+def _host_line(lab: Lab, machine: Machine) -> str:
     words = [machine.name, f"ansible_host={machine.address}", f"ansible_user={machine.user}"]
     if machine.proxy_jump:
         words.append(f"proxy_jump={machine.proxy_jump}")
+    if machine.gpus:
+        uuids = json.dumps(gpu_uuids(lab.name, machine.name, machine.gpus))
+        words += [f"gpu_model={json.dumps(machine.gpus.model)}", f"gpu_uuids='{uuids}'"]
     return " ".join(words)
+
+
+def services(lab: Lab) -> str:
+    """services.yml: an instance has all GPUs of its host, as many as the host with the fewest."""
+    count = min((machine.gpus.count if machine.gpus else 0 for machine in lab.machines if "gpu" in machine.groups),
+                default=0)
+    return SERVICES.format(where="on all its GPUs" if count else "on the CPU", count=count,
+                           split=f"  tensor_parallel: {count}\n" if count else "")
 
 
 def known_hosts(keys: Iterable[tuple[Machine, str]]) -> str:
@@ -131,7 +143,7 @@ def write_fleet(lab: Lab) -> str:
         else:
             own.rename(own.with_name("inventory.ini.old"))
     receipt = _promise(lab, receipt, text)  # before anything else: whoever dies here is still cleaned up after
-    initialise(fleet, inventory_text=text, services_text=SERVICES)
+    initialise(fleet, inventory_text=text, services_text=services(lab))
     key = fleet / LOGIN_KEY
     if not key.exists():
         key.parent.mkdir(mode=0o700, exist_ok=True)
@@ -142,7 +154,7 @@ def write_fleet(lab: Lab) -> str:
 
 def _promise(lab: Lab, receipt: Receipt, inventory_text: str) -> Receipt:
     """The receipt, on disk, with everything that is about to be written."""
-    texts = {"inventory.ini": inventory_text, "services.yml": SERVICES, ".gitignore": GITIGNORE,
+    texts = {"inventory.ini": inventory_text, "services.yml": services(lab), ".gitignore": GITIGNORE,
              "ansible.cfg": ANSIBLE_CFG, "known_hosts": ""}
     coming = {path: hashlib.sha256(text.encode()).hexdigest() for path, text in texts.items()}
     coming |= dict.fromkeys(UNKNOWN_CONTENT, "")

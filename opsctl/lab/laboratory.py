@@ -20,6 +20,9 @@ from opsctl.errors import RefusedError, UsageError
 from opsctl.lab import cgroups, fleet_files, layers, machines, network, state
 from opsctl.lab.base import DEFAULT_SUITE, SUITES, ensure_base
 from opsctl.lab.commands import run
+from opsctl.lab.gpu import faults, silicon, trees
+from opsctl.lab.gpu.faults import Faults
+from opsctl.lab.gpu.profiles import Gpus, parse_gpus
 from opsctl.lab.mounts import unmount_below
 from opsctl.lab.requirements import require
 from opsctl.lab.state import Lab, Machine
@@ -43,13 +46,15 @@ class Brought:
     booted: tuple[str, ...]
 
 
-def up(name: str, gpu_hosts: int | None, fleet: Path | None, suite: str | None, emit: Emit) -> Brought:
+def up(name: str, gpu_hosts: int | None, fleet: Path | None, suite: str | None, emit: Emit,
+       gpus: str | None = None) -> Brought:
     """Brings a lab up: makes it, continues a half-made one, boots what is off; one that runs stays as it is.
 
     Args:
         gpu_hosts: how many; None: as many as it has, 3 in a new lab.
         fleet: where its fleet directory is to be; None: where it is, ``./NAME`` in a new lab.
         suite: Debian of its machines; None: what it has, bookworm in a new lab.
+        gpus: simulated GPUs, ``8xH200`` or ``gpu-1=8xH200,gpu-2=4xL40S``; None: what it has, none in a new lab.
 
     Raises:
         RefusedError: ``lab.missing`` and others, before anything was changed.
@@ -63,9 +68,9 @@ def up(name: str, gpu_hosts: int | None, fleet: Path | None, suite: str | None, 
         lab = state.load(name)
         if lab is None:
             directory = (fleet or Path(name)).absolute()
-            lab = _allocate(name, gpu_hosts or GPU_HOSTS, directory, suite or DEFAULT_SUITE, emit)
+            lab = _allocate(name, gpu_hosts or GPU_HOSTS, directory, suite or DEFAULT_SUITE, emit, gpus)
         else:
-            _check_same(lab, gpu_hosts, fleet, suite)
+            _check_same(lab, gpu_hosts, fleet, suite, gpus)
         lab = _with_base(lab, emit)
         lab = _prepare(lab, emit)
         wanted = tuple(machine.name for machine in lab.machines if machine.condition != "running")
@@ -91,7 +96,7 @@ def _with_base(lab: Lab, emit: Emit) -> Lab:
     return state.save(dataclasses.replace(lab, base=base))
 
 
-def _check_same(lab: Lab, gpu_hosts: int | None, fleet: Path | None, suite: str | None) -> None:
+def _check_same(lab: Lab, gpu_hosts: int | None, fleet: Path | None, suite: str | None, gpus: str | None) -> None:
     """A lab is not changed by ``up``: the answer to other wishes is another lab.
 
     Raises:
@@ -103,10 +108,24 @@ def _check_same(lab: Lab, gpu_hosts: int | None, fleet: Path | None, suite: str 
         if wanted not in (None, is_now):
             raise RefusedError("lab.differs", f"the lab {lab.name} is there with {what} {is_now}, not {wanted}.",
                                hint=f"opsctl lab down --name {lab.name} first, or another --name")
+    hosts = [machine.name for machine in lab.machines[1:]]
+    if gpus is not None and _gpus_of(lab) != parse_gpus(gpus, hosts):
+        raise RefusedError("lab.differs", f"the lab {lab.name} is there with GPUs {_gpu_words(lab)}, not {gpus}.",
+                           hint=f"opsctl lab down --name {lab.name} first, or another --name")
 
 
-def _allocate(name: str, gpu_hosts: int, fleet: Path, suite: str, emit: Emit) -> Lab:
+def _gpus_of(lab: Lab) -> dict[str, Gpus]:
+    return {machine.name: machine.gpus for machine in lab.machines if machine.gpus}
+
+
+def _gpu_words(lab: Lab) -> str:
+    return ",".join(f"{host}={gpus.count}x{gpus.model}" for host, gpus in _gpus_of(lab).items()) or "none"
+
+
+def _allocate(name: str, gpu_hosts: int, fleet: Path, suite: str, emit: Emit, gpus: str | None) -> Lab:
     """Takes a number and a subnet that no other lab has, and writes both down before anyone else may look."""
+    names = [f"gpu-{index}" for index in range(1, gpu_hosts + 1)]
+    has = parse_gpus(gpus, names) if gpus is not None else {}
     with state.locked(state.STATE_ROOT, lambda: emit(Note("another lab is just choosing its subnet; waiting"))):
         others = tuple(lab for lab in state.load_all() if lab.name != name)
         fleet_files.check_free(fleet, name, others)
@@ -115,12 +134,12 @@ def _allocate(name: str, gpu_hosts: int, fleet: Path, suite: str, emit: Emit) ->
         number = next(candidate for candidate in range(1, len(taken) + 1000)
                       if candidate not in taken and not network.exists(f"opslab{candidate}"))
         ops = Machine("ops-1", str(subnet[FIRST_ADDRESS]), ("lb", "gateway", "monitor"))
-        gpus = tuple(
-            Machine(f"gpu-{index}", str(subnet[FIRST_ADDRESS + index]), ("gpu",),
-                    user=fleet_files.login_name(index), proxy_jump=fleet_files.jump_of(index))
-            for index in range(1, gpu_hosts + 1))
+        serving = tuple(
+            Machine(host, str(subnet[FIRST_ADDRESS + index]), ("gpu",), user=fleet_files.login_name(index),
+                    proxy_jump=fleet_files.jump_of(index), gpus=has.get(host))
+            for index, host in enumerate(names, 1))
         return state.save(Lab(name=name, number=number, suite=suite, subnet=subnet, fleet=fleet,
-                              fleet_is_ours=not fleet.exists(), machines=(ops, *gpus)))
+                              fleet_is_ours=not fleet.exists(), machines=(ops, *serving)))
 
 
 def _prepare(lab: Lab, emit: Emit) -> Lab:
@@ -159,11 +178,15 @@ def _boot(lab: Lab, names: Iterable[str], emit: Emit) -> Lab:
     """Boots machines at once and waits for all of them."""
     names = tuple(names)
     if not names:
+        silicon.start(lab)
         return lab
     _make_room_for_watches(emit)
     layers.share(lab.places)
     network.create_bridge(lab.bridge, lab.host_address, lab.subnet.prefixlen)
     started = time.monotonic()
+    for name in names:
+        machines.insert_gpus(lab, lab.machine(name))
+    silicon.start(lab)
     for name in names:
         lab = state.save(lab.with_machine(machines.boot(lab, lab.machine(name))))
     for done, name in enumerate(names, 1):
@@ -205,6 +228,7 @@ def down(name: str, *, keep_fleet: bool, emit: Emit) -> tuple[str, ...]:
         kept: tuple[str, ...] = ()
         lab = state.load(name)
         if lab is not None:
+            silicon.stop(lab)
             for machine in lab.machines:
                 lab = state.save(lab.with_machine(machines.end(lab, machine)))
             unmount_below(lab.directory)  # now that no machine is left that could hold another's disk
@@ -239,6 +263,26 @@ def power_on(name: str | None, hosts: Iterable[str], emit: Emit) -> Lab:
         wanted = [machine.name for machine in [lab.machine(host) for host in hosts] if machine.condition != "running"]
         return _boot(lab, wanted, emit)
     return _with_lab(name, turn_on, emit)
+
+
+def fault(name: str | None, host: str, gpu: int | None, act: Callable[[Faults, tuple[int, ...]], Faults]) -> Lab:
+    """Breaks or mends the GPUs of a machine; it may be off.
+
+    Args:
+        gpu: which one; None: all.
+        act: the change, of the faults there are and the GPUs meant.
+
+    Raises:
+        UsageError: no such machine, or it has no such GPU.
+    """
+    def change(lab: Lab) -> Lab:
+        machine = lab.machine(host)
+        meant = faults.chosen(gpu, machine.gpus.count if machine.gpus else 0, host)
+        path = trees.faults_path(lab.place(machine))
+        faults.save(path, act(faults.load(path), meant))
+        silicon.start(lab)
+        return lab
+    return _with_lab(name, change, lambda _: None)
 
 
 def snapshot(name: str | None, label: str, emit: Emit) -> Lab:
@@ -293,8 +337,20 @@ def describe(lab: Lab) -> dict[str, Any]:
             "pid": init.pid if (init := machines.find_init(machine)) else None,
             "disk_bytes": _disk_bytes(layers.image(lab.place(machine))),
             "console": str(machines.console_log(lab.place(machine))),
+            "gpus": dataclasses.asdict(machine.gpus) if machine.gpus else None,
+            "faults": _fault_words(lab, machine),
         } for machine in lab.machines],
     }
+
+
+def _fault_words(lab: Lab, machine: Machine) -> list[str]:
+    """What is broken on a machine's GPUs; the machines' folder is root's to see."""
+    if machine.gpus is None:
+        return []
+    try:
+        return list(faults.words(faults.load(trees.faults_path(lab.place(machine))), faults.monotonic_ns()))
+    except PermissionError:
+        return []
 
 
 def _disk_bytes(image: Path) -> int | None:

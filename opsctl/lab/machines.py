@@ -17,6 +17,8 @@ from pathlib import Path
 from opsctl.errors import OpsctlError
 from opsctl.lab import cgroups, layers, network
 from opsctl.lab.commands import run, tool_environment
+from opsctl.lab.gpu import state_file, trees
+from opsctl.lab.gpu.profiles import named
 from opsctl.lab.mounts import mounts
 from opsctl.lab.processes import Process, all_processes, arguments, children, identify, send, wait_gone
 from opsctl.lab.state import Lab, Machine
@@ -28,6 +30,7 @@ END_DEADLINE_S = 10.0
 POWER_OFF = signal.SIGRTMIN + 4  # systemd(1): starts poweroff.target
 KEEP_BOOTED = Path(__file__).with_name("keep-booted.sh")
 NSPAWN_STATE = Path("/run/systemd/nspawn")
+MARK = "etc/opsctl-lab"  # what the lab's packages look for: they install nowhere else
 OPERATOR = "operator"  # a group of this name is part of every Debian
 
 
@@ -52,6 +55,7 @@ def nspawn_argv(lab: Lab, machine: Machine, *, keep_unit: bool) -> list[str]:
         "--resolv-conf=off",
         "--timezone=off",
         "--console=read-only",
+        *([f"--bind={trees.shared(lab.place(machine))}:{trees.INSIDE}"] if machine.gpus else []),
     ]
 
 
@@ -81,6 +85,7 @@ def prepare(lab: Lab, machine: Machine, *, host_key: Path, login_key: str) -> Ma
     layers.mount(place, lab.base)
     root = layers.root(place)
     _write(root / "etc/hostname", machine.name + "\n")
+    _write(root / MARK, f"This machine is part of the lab {lab.name} of opsctl; its GPUs, if any, are simulated.\n")
     _write(root / "etc/hosts", hosts_file(lab))
     _write(root / "etc/systemd/network/10-host0.network", network_file(lab, machine))
     for suffix, mode in (("", 0o600), (".pub", 0o644)):
@@ -114,6 +119,7 @@ def boot(lab: Lab, machine: Machine) -> Machine:
         end(lab, machine)
     layers.mount(place, lab.base)
     network.remove(network.link_of(lab.number, machine.name))
+    insert_gpus(lab, machine)
     environment = tool_environment()
     if not cgroups.is_unified():
         environment["SYSTEMD_NSPAWN_UNIFIED_HIERARCHY"] = "1"
@@ -123,6 +129,17 @@ def boot(lab: Lab, machine: Machine) -> Machine:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT,
                                    start_new_session=True, env=environment)
     return replace(machine, keeper=identify(process.pid), init=None)
+
+
+def insert_gpus(lab: Lab, machine: Machine) -> None:
+    """Writes the files of the machine's GPUs, if they are not there yet."""
+    if machine.gpus is None:
+        return
+    place = lab.place(machine)
+    trees.write(place, machine.gpus)
+    if not trees.state_path(place).exists():
+        uuids = state_file.gpu_uuids(lab.name, machine.name, machine.gpus)
+        state_file.create(trees.state_path(place), uuids, named(machine.gpus.model))
 
 
 def wait_until_up(lab: Lab, machine: Machine, deadline: float) -> Machine:

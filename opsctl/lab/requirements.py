@@ -16,6 +16,7 @@ PROGRAMS = {
     "systemd-nspawn": "systemd-container",
     "debootstrap": "debootstrap",
     "ip": "iproute2",
+    "nsenter": "util-linux",
     "mkfs.ext4": "e2fsprogs",
     "mount": "mount",
     "umount": "mount",
@@ -47,6 +48,9 @@ class Missing:
     what: str
     package: str = ""  # the Debian package that brings it
     cure: str = ""  # what else does
+
+
+COMPILER = Missing("gcc, which compiles the GPU simulator", package="gcc libc6-dev")
 
 
 def missing(computer: Computer) -> tuple[Missing, ...]:
@@ -90,6 +94,16 @@ def require() -> None:
     lacks = missing(look())
     if lacks:
         sentence, hint = words(lacks)
+        raise RefusedError("lab.missing", sentence, hint=hint)
+
+
+def require_compiler() -> None:
+    """Raises:
+        RefusedError: ``lab.missing``: there is no C compiler, which only simulated GPUs need.
+    """
+    search = os.environ.get("PATH", "") + ":" + SYSTEM_PATH
+    if not shutil.which("gcc", path=search):
+        sentence, hint = words([COMPILER])
         raise RefusedError("lab.missing", sentence, hint=hint)
 
 

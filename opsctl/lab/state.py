@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from opsctl.agent.durable import write_atomically
 from opsctl.errors import UsageError
+from opsctl.lab.gpu.profiles import Gpus
 from opsctl.lab.processes import Process
 
 STATE_ROOT = Path("/var/lib/opsctl-lab")
@@ -32,13 +33,17 @@ Condition = Literal["running", "off", "unprepared"]
 
 @dataclass(frozen=True)
 class Machine:
-    """One machine of a lab. ``user`` is who logs in; ``proxy_jump`` the machine that leads there, or empty."""
+    """One machine of a lab. ``user`` is who logs in; ``proxy_jump`` the machine that leads there, or empty.
+
+    ``gpus`` are its simulated GPUs; None: it has none.
+    """
 
     name: str
     address: str
     groups: tuple[str, ...]
     user: str = "root"
     proxy_jump: str = ""
+    gpus: Gpus | None = None
     prepared: bool = False  # its disk is made and its files are written
     keeper: Process | None = None  # keep-booted.sh, which lives as long as the machine has power
     init: Process | None = None
@@ -122,6 +127,7 @@ def decode(document: dict[str, Any]) -> Lab:
     values = {key: value for key, value in document.items() if key != "schema"}
     machines = tuple(
         Machine(**{**entry, "groups": tuple(entry["groups"]),
+                   "gpus": Gpus(**entry["gpus"]) if entry.get("gpus") else None,
                    "keeper": Process(**entry["keeper"]) if entry["keeper"] else None,
                    "init": Process(**entry["init"]) if entry["init"] else None})
         for entry in values.pop("machines"))
