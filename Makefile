@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-LAB_PACKAGES := systemd-container debootstrap apt-utils gpg gpg-agent gpgv openssh-client debian-archive-keyring e2fsprogs iproute2 curl
+LAB_PACKAGES := systemd-container debootstrap apt-utils gpg gpg-agent gpgv openssh-client debian-archive-keyring e2fsprogs iproute2 curl gcc libc6-dev
 TEST_PACKAGES := libgomp1 openssh-server haproxy shellcheck nginx-light
 ROOT := $(filter 0,$(shell id -u))
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +21,22 @@ from opsctl.fleet.ssh_config import private_directory
 from opsctl.lab.commands import run
 from opsctl.lab.gpu.state_file import gpu_uuids
 from opsctl.lab.state import Lab, Machine
+from opsctl.lab.vendor.repository import Repository, sources_file
 
 LOGIN_KEY = "keys/login"
 RECEIPT = ".opsctl/lab.json"
 # Made by opsctl in the course of work; in a directory that the lab created they go with it.
 WORK = (".opsctl", "bundle", "keys", "trust", "__pycache__")
+VENDOR_SOURCE, VENDOR_KEY = "sources.d/lab.sources", "sources.d/lab.asc"
+
+# Below the hosts of an inventory whose machines have GPUs. The kernel is this computer's: no headers of Debian's fit.
+DRIVER = """\
+[gpu:vars]
+nvidia_driver_version="580.126.09"
+# What the bundle holds beside it: the way up, and back.
+nvidia_driver_bundle_versions=["580.159.04", "595.71.05"]
+nvidia_driver_own=[]
+"""
 
 SERVICES = """\
 # services.yml of a lab: one service, one instance a host, {where}.
@@ -78,6 +89,7 @@ def inventory(lab: Lab) -> str:
                 lines.append(machine.name if machine.name in seen else _host_line(lab, machine))
                 seen.add(machine.name)
         lines.append("")
+    lines += [DRIVER] if any(machine.gpus for machine in lab.machines) else []
     return "\n".join([*lines, "[all:vars]", f"ansible_ssh_private_key_file={LOGIN_KEY}",
                       "ansible_python_interpreter=/usr/bin/python3", ""])
 
@@ -126,8 +138,17 @@ def check_free(fleet: Path, lab: str, others: Iterable[Lab]) -> None:
                            hint="choose another directory with --fleet, or work in an empty one")
 
 
-def write_fleet(lab: Lab) -> str:
+def vendor_files(vendor: Repository | None) -> dict[str, str]:
+    """Where the fleet's bundle finds drivers: the lab's vendor, and its key; nothing without GPUs."""
+    if vendor is None:
+        return {}
+    return {VENDOR_SOURCE: sources_file(f"file:{vendor.path}", VENDOR_KEY), VENDOR_KEY: vendor.key.read_text()}
+
+
+def write_fleet(lab: Lab, vendor: Repository | None = None) -> str:
     """Writes inventory, services, keys and trust of a lab; returns the public key that logs in.
+
+    ``vendor``: where the machines' GPU drivers come from.
 
     What a person changed in an earlier lab's directory is kept, but for the inventory: its addresses are gone. That one
     is kept as ``inventory.ini.old``.
@@ -142,20 +163,25 @@ def write_fleet(lab: Lab) -> str:
             own.unlink()
         else:
             own.rename(own.with_name("inventory.ini.old"))
-    receipt = _promise(lab, receipt, text)  # before anything else: whoever dies here is still cleaned up after
+    drivers = vendor_files(vendor)
+    old = [path for path in drivers if _unchanged(fleet, path, receipt)]  # of another vendor repository
+    receipt = _promise(lab, receipt, text, drivers)  # first of all: whoever dies here is still cleaned up after
     initialise(fleet, inventory_text=text, services_text=services(lab))
+    for path, content in drivers.items():
+        if path in old or not (fleet / path).exists():
+            write_atomically(fleet / path, content)
     key = fleet / LOGIN_KEY
     if not key.exists():
         key.parent.mkdir(mode=0o700, exist_ok=True)
         run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"opsctl-lab-{lab.name}", "-f", key])
-    _write_receipt(lab, receipt, [path for path, digest in receipt.files.items() if not digest])
+    _write_receipt(lab, receipt, [*old, *(path for path, digest in receipt.files.items() if not digest)])
     return key.with_name(key.name + ".pub").read_text()
 
 
-def _promise(lab: Lab, receipt: Receipt, inventory_text: str) -> Receipt:
+def _promise(lab: Lab, receipt: Receipt, inventory_text: str, drivers: Mapping[str, str]) -> Receipt:
     """The receipt, on disk, with everything that is about to be written."""
     texts = {"inventory.ini": inventory_text, "services.yml": services(lab), ".gitignore": GITIGNORE,
-             "ansible.cfg": ANSIBLE_CFG, "known_hosts": ""}
+             "ansible.cfg": ANSIBLE_CFG, "known_hosts": "", **drivers}
     coming = {path: hashlib.sha256(text.encode()).hexdigest() for path, text in texts.items()}
     coming |= dict.fromkeys(UNKNOWN_CONTENT, "")
     files = {**receipt.files, **{path: digest for path, digest in coming.items() if not (lab.fleet / path).exists()}}

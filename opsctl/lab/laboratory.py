@@ -27,6 +27,7 @@ from opsctl.lab.mounts import unmount_below
 from opsctl.lab.requirements import require
 from opsctl.lab.state import Lab, Machine
 from opsctl.lab.subnets import choose_subnet
+from opsctl.lab.vendor.repository import ensure_repository
 
 BOOT_DEADLINE_S = 120.0  # four take 3 s on two idle cores; a busy computer may take thirty times as long
 FIRST_ADDRESS = 10  # ops-1 is .10, gpu-N is .10+N; this computer is .1
@@ -148,7 +149,8 @@ def _prepare(lab: Lab, emit: Emit) -> Lab:
         return lab
     emit(PhaseStarted(f"Lab {lab.name}: {SUITES[lab.suite]}, {lab.subnet}, fleet directory {lab.fleet}",
                       tuple(machine.name for machine in lab.machines)))
-    login_key = fleet_files.write_fleet(lab)
+    vendor = ensure_repository(emit) if any(machine.gpus for machine in lab.machines) else None
+    login_key = fleet_files.write_fleet(lab, vendor)
     layers.share(lab.places)
     keys = {machine.name: _host_key(lab, machine) for machine in lab.machines}
     # before a machine counts as prepared: whoever continues a lab of prepared machines does not come here

@@ -7,7 +7,6 @@ lies beside, in ``keys``, so that a machine of yesterday's lab accepts today's r
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from opsctl.bundle.closure import CODENAME
 from opsctl.bundle.keys import checking, export_public_key, make_bundle_key, signing
 from opsctl.bundle.repository import COMPONENT, write_repository
 from opsctl.engines.events import Emit, Note, PhaseStarted
+from opsctl.lab.gpu import library
 from opsctl.lab.state import CACHE_ROOT, locked
 from opsctl.lab.vendor.catalogue import ARCHITECTURE, drivers, packages
 from opsctl.lab.vendor.debs import check_glibc, make_debs
@@ -124,7 +124,6 @@ def _build(scratch: Path, keys: Path, makers: Makers, emit: Emit) -> None:
 
 
 def _simulator() -> Makers:
-    library = importlib.import_module("opsctl.lab.gpu.library")
     return Makers(library.build, library.build_modprobe)
 
 
