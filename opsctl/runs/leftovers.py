@@ -24,10 +24,10 @@ SECOND = len("20261122-031500")  # of a run's name; what follows says nothing ab
 def send(fleet: Fleet, session: Channel, runs: Sequence[Known], gateway: str) -> tuple[str, ...]:
     """Sends what ``runs``, those of the gateway, lack; gives the names of those that have more lines now."""
     sent = []
-    for name in wanting(runs, _names(fleet.directory)):
+    for name, only_ended in wanting(runs, _names(fleet.directory)):
         found = last_part((fleet.directory / ".opsctl" / "runs" / name / FILE).read_text(errors="replace"))
         known = next((run.lines for run in runs if run.run == name), 0)
-        if found is None or found[0] + len(found[1]) <= known:
+        if found is None or found[0] + len(found[1]) <= known or (only_ended and not has_ended(found[1])):
             continue
         first, lines = found
         try:
@@ -39,16 +39,23 @@ def send(fleet: Fleet, session: Channel, runs: Sequence[Known], gateway: str) ->
     return tuple(sent)
 
 
-def wanting(runs: Sequence[Known], here: Collection[str]) -> list[str]:
+def wanting(runs: Sequence[Known], here: Collection[str]) -> list[tuple[str, bool]]:
     """Which journals of this machine may matter: of runs that did not end, and of those that are not known. Pure.
 
-    Those before the oldest that is known were swept long ago, or ended before the gateway had an agent.
+    Those before the oldest that is known were swept long ago, or ended before the gateway had an agent. With each:
+    whether it matters only if it ended. One that did not, from before everything that waits, was overtaken by what
+    came after it: it must not come back and wait.
     """
     waiting = {run.run for run in runs if run.unfinished}
     known = {run.run for run in runs}
-    since = min(known, default="")[:SECOND]
-    return [name for name in sorted(here) if known and name[:SECOND] >= since
+    oldest, since = min(known, default="")[:SECOND], min(waiting, default="~")[:SECOND]
+    return [(name, name[:SECOND] < since) for name in sorted(here) if known and name[:SECOND] >= oldest
             and (name in waiting or name not in known)]
+
+
+def has_ended(lines: Sequence[str]) -> bool:
+    """Whether the last of these lines of a journal say so. Pure."""
+    return any(json.loads(line).get("event") == "RunEnded" for line in lines)
 
 
 def last_part(text: str) -> tuple[int, list[str]] | None:

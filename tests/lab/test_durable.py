@@ -56,7 +56,7 @@ def test_done_is_done(own_lab: Any) -> None:
     now("rollback", "--yes", "--allow-outage")
     assert state()["instances"][0]["release"] == "v1"
 
-    now("drain", "gpu-1", "-m", "fan", "--allow-outage")
+    now("drain", "gpu-1", "-m", "fan", "--allow-outage", "--yes")
     assert [drain["reason"] for drain in state()["drains"]] == ["fan"]
 
     now("hold", "gpu-1", "--for", "2d", "-m", "RMA")

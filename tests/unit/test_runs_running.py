@@ -560,18 +560,32 @@ def test_it_is_known_later_also_where_nothing_waited_for_it(fleet: Fleet, hosts:
     assert {one.run: one.state for one in read_runs(fleet)}[work.run.name] == "done"
 
 
+AA, BB, CC = "20261122-100000-aa", "20261122-100000-bb", "20261122-110000-cc"
+
+
 @pytest.mark.parametrize(("known", "wanted"), [
     ((), []),  # a gateway that has just got its agent
-    ((("20261122-100000-aa", 0),), ["20261122-100000-bb", "20261122-110000-cc"]),
-    ((("20261122-100000-aa", None),), ["20261122-100000-aa", "20261122-100000-bb", "20261122-110000-cc"]),
-    ((("20261122-100000-bb", 0), ("20261122-110000-cc", 0)), ["20261122-100000-aa"]),
-    ((("20261122-105959-dd", 8),), ["20261122-110000-cc"]),
+    (((AA, 0),), [(BB, True), (CC, True)]),
+    (((AA, None),), [(AA, False), (BB, False), (CC, False)]),
+    (((BB, 0), (CC, 0)), [(AA, True)]),
+    ((("20261122-105959-dd", 8),), [(CC, False)]),
 ])
-def test_which_journals_of_this_machine_the_gateway_wants(known: tuple[tuple[str, int | None], ...], wanted: list[str]
-                                                          ) -> None:
-    here = ["20261122-110000-cc", "20261122-100000-aa", "20261122-100000-bb"]
+def test_which_journals_of_this_machine_the_gateway_wants(known: tuple[tuple[str, int | None], ...],
+                                                          wanted: list[tuple[str, bool]]) -> None:
     runs = [Known(name, exit_code=code) for name, code in known]
-    assert leftovers.wanting(runs, here) == wanted
+    assert leftovers.wanting(runs, [CC, AA, BB]) == wanted
+
+
+def test_a_killed_run_that_was_overtaken_does_not_come_back(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    with running.running(task(fleet), discard):
+        pass
+    hosts["ops-1"].silent = "host.unreachable"
+    with pytest.raises(KeyError), running.running(task(fleet, BACK), discard) as work:
+        monkeypatch.setattr(running, "_end", lambda *_, **__: None)  # killed: no last line
+        raise KeyError
+    hosts["ops-1"].silent = ""
+    assert work.run.name not in {one.run for one in read_runs(fleet)}
 
 
 def test_a_lock_that_is_known_to_be_lost_stops_a_play_at_its_next_event(fleet: Fleet, hosts: dict[str, RunsHost],
