@@ -1,6 +1,6 @@
 """The silicon: one process outside the machines of a lab that is all of its GPUs.
 
-    python -m opsctl.lab.gpu.silicon /var/lib/opsctl-lab/LAB
+    python -m opsctl.lab.gpu.silicon /var/lib/opsctl-lab/LAB/
 
 Ten times a second it reads what the machines' instances compute, steps each GPU (``board.py``), writes what NVML then
 says into the machines' shared state, and holds the instances to their GPUs' clocks (``throttle.py``). It sees a machine
@@ -206,8 +206,8 @@ def start(lab: Lab) -> None:
     """Starts the lab's silicon if it has GPUs and none runs. Its log is ``silicon.log`` beside the lab's state."""
     if not any(machine.gpus for machine in lab.machines) or find(lab):
         return
-    with (lab.directory / "silicon.log").open("ab") as log:
-        subprocess.Popen([sys.executable, "-m", MODULE, str(lab.directory)], stdin=subprocess.DEVNULL, stdout=log,
+    with (lab.directory / "silicon.log").open("ab") as log:  # the slash: no other lab's name begins like this
+        subprocess.Popen([sys.executable, "-m", MODULE, f"{lab.directory}/"], stdin=subprocess.DEVNULL, stdout=log,
                          stderr=subprocess.STDOUT, start_new_session=True, cwd="/",
                          env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
 
@@ -215,7 +215,7 @@ def start(lab: Lab) -> None:
 def find(lab: Lab) -> tuple[Process, ...]:
     """The silicon processes of a lab: one, or none."""
     return tuple(process for process in all_processes()
-                 if MODULE in (words := arguments(process)) and str(lab.directory) in words)
+                 if MODULE in (words := arguments(process)) and words[-1].rstrip("/") == str(lab.directory))
 
 
 def stop(lab: Lab) -> None:
