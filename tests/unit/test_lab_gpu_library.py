@@ -85,7 +85,7 @@ def test_every_profile_is_read(folder: Path, model: str) -> None:
     assert said["rows"] == ([0, 0, 0, 0] if profile.row_remapper else no)
     assert said["ecc"] == (0 if profile.ecc else no)
     assert said["fan"] == (0 if profile.fan else no)
-    assert said["fabric"] == (0 if profile.nvswitches else no)
+    assert said["fabric"] == (0 if profile.fabric else no)
     assert said["missing"] == no
     assert ("82" in fields, "138" in fields) == (sensor, profile.nvlinks > 0)
     assert (fields["185"], fields["186"], fields["189"]) == (430_000, 431_000, profile.power_default_w * 1000)

@@ -43,6 +43,7 @@ def test_cooling_as_built_is_enough() -> None:
                                "maximum."),
     ({"architecture": "rubin"}, "[H200] architecture is 'rubin'"),
     ({"tau_s": 0}, "[H200] tau_s is not above 0."),
+    ({"fabric": False}, "[H200] nvswitches is not 0: that wants a nvswitch_device_id, and fabric = true."),
     ({"source": ""}, "[H200] source is empty: where are the numbers from?"),
 ])
 def test_what_is_wrong_is_named_with_file_table_and_key(change: dict[str, Any], said: str) -> None:

@@ -175,6 +175,17 @@ def test_no_cooling_at_all_ends_in_a_lost_gpu_and_its_xid(start: Start) -> None:
     assert gpu.lost == 0
 
 
+def test_the_driver_hangs_when_all_its_gpus_do(start: Start) -> None:
+    engine = start()
+    machine = engine.board.state.machine
+    engine.run(0.1, faults.hang(Faults(), (0,), 60, NOW_NS))
+    assert [machine.gpus[0].hang_until_ns, machine.hang_until_ns] == [NOW_NS + 60 * 10**9, 0]
+    engine.run(0.1, faults.hang(Faults(), (0, 1), 60, NOW_NS))
+    assert machine.hang_until_ns == NOW_NS + 60 * 10**9
+    engine.run(0.1, Faults())
+    assert [machine.gpus[0].hang_until_ns, machine.hang_until_ns] == [0, 0]
+
+
 def test_another_silicon_goes_on_where_one_ended(start: Start) -> None:
     first = start()
     first.run(120, Faults())
@@ -251,7 +262,8 @@ def test_what_the_command_line_refuses(words: list[str], code: str) -> None:
 
 
 def test_the_kernel_line() -> None:
-    assert faults.kernel_line(0x1A, 79) == "NVRM: Xid (PCI:0000:1a:00): 79, GPU has fallen off the bus."
+    assert faults.kernel_line(0x1A, 79) == (
+        "NVRM: Xid (PCI:0000:1a:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.")
 
 
 def test_the_files_of_a_machine(tmp_path: Path) -> None:

@@ -70,6 +70,8 @@ class Board:
                 happened.append((index, XID_OFF_THE_BUS))
         for index, xid in happened:
             self.state.happened(index, xid)
+        hanging = [broken.hang_until_ns.get(index, 0) for index in range(len(self.plants))]
+        self.state.machine.hang_until_ns = min(hanging, default=0)  # of all GPUs: then the driver itself, init too
         self.state.machine.beat_ns = faults.monotonic_ns()
         return happened
 

@@ -136,7 +136,8 @@ def words(faults: Faults, now_ns: int) -> tuple[str, ...]:
 
 def kernel_line(pci_bus: int, xid: int) -> str:
     """The driver's line in the kernel's log."""
-    return f"NVRM: Xid (PCI:0000:{pci_bus:02x}:00): {xid}, {XID_WORDS.get(xid, UNKNOWN_XID)}"
+    words = XID_WORDS.get(xid, UNKNOWN_XID)
+    return f"NVRM: Xid (PCI:0000:{pci_bus:02x}:00): {xid}, pid='<unknown>', name=<unknown>, {words}"
 
 
 def encode(faults: Faults) -> dict[str, Any]:

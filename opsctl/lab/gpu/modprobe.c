@@ -33,15 +33,15 @@ static int refuse(const char *sentence) {
 
 static void pause_ms(unsigned ms) { nanosleep(&(struct timespec){.tv_nsec = ms * 1000000L}, NULL); }
 
-static bool read_version(char *version) {
-    memset(version, 0, LAB_TEXT);
+/* The first line: a version, and perhaps the module's flavour after it. */
+static bool read_module(char *line) {
     FILE *stream = fopen(MODULE, "r");
     if (!stream)
         return false;
-    bool read = fgets(version, LAB_TEXT, stream) != NULL;
+    bool read = fgets(line, LAB_TEXT, stream) != NULL;
     fclose(stream);
-    version[strcspn(version, " \t\r\n")] = 0;
-    return read && version[0];
+    line[strcspn(line, "\r\n")] = 0;
+    return read && line[0];
 }
 
 /* The silicon binds the state into the machine within a moment of its boot. */
@@ -58,15 +58,20 @@ static struct lab_machine *map_state(void) {
     return NULL;
 }
 
-/* An empty version asks to unload. */
-static bool ask(struct lab_machine *machine, const char *version) {
-    if (strcmp(machine->module_version, version) == 0)
+static bool is_loaded(const struct lab_machine *machine, const char *line) {
+    size_t length = strcspn(line, " ");
+    return strncmp(machine->module_version, line, length) == 0 && machine->module_version[length] == 0;
+}
+
+/* An empty line asks to unload. */
+static bool ask(struct lab_machine *machine, const char *line) {
+    if (is_loaded(machine, line))
         return true;
-    memcpy(machine->requested_version, version, LAB_TEXT);
+    memcpy(machine->requested_version, line, LAB_TEXT);
     uint32_t number = __atomic_add_fetch(&machine->request, 1, __ATOMIC_ACQ_REL);
     for (int waited = 0; waited <= WAIT_MS; waited += POLL_MS, pause_ms(POLL_MS))
         if (__atomic_load_n(&machine->answered, __ATOMIC_ACQUIRE) == number)
-            return strcmp(machine->module_version, version) == 0;
+            return is_loaded(machine, line);
     return false;
 }
 
@@ -101,18 +106,18 @@ int main(int count, char **words) {
         return refuse("this is no machine of an opsctl lab, and this is no driver.");
     if (geteuid() != 0)
         return refuse("only root may load the module.");
-    char version[LAB_TEXT] = "";
-    if (!unload && !read_version(version))
+    char line[LAB_TEXT] = "";
+    if (!unload && !read_module(line))
         return refuse("there is no module: " MODULE " is missing; nvidia-kernel-*-dkms builds it.");
     struct lab_machine *machine = map_state();
     if (!machine)
         return refuse("there is no GPU: " STATE " is missing; was the lab brought up with --gpus?");
     if (unload)
-        return nodes(machine, false) && ask(machine, version) ? 0 : refuse("the module could not be unloaded.");
-    if (machine->module_version[0] && strcmp(machine->module_version, version) != 0)
+        return nodes(machine, false) && ask(machine, line) ? 0 : refuse("the module could not be unloaded.");
+    if (machine->module_version[0] && !is_loaded(machine, line))
         fprintf(stderr, "nvidia-modprobe (lab): %s is loaded; %s comes with the next boot.\n", machine->module_version,
-                version);
-    else if (!ask(machine, version))
+                line);
+    else if (!ask(machine, line))
         return refuse("the module was not loaded: the lab's silicon process does not answer.");
     return nodes(machine, true) ? 0 : refuse("the device nodes could not be made in /dev.");
 }

@@ -58,7 +58,8 @@ class Profile:
     row_remapper: bool  # since Ampere; before, pages are retired
     fan: bool
     nvlinks: int
-    nvswitches: int  # on the board; with any, the host needs a fabric manager
+    fabric: bool  # GPUs are joined by NVSwitches: the host needs a fabric manager
+    nvswitches: int  # how many of them are bridges on PCI
     pcie_generation: int
     thermal_resistance_c_per_w: float
     tau_s: float
@@ -134,8 +135,8 @@ def _contradictions(profile: Profile) -> typing.Iterator[tuple[str, str]]:
     for key in ("tau_s", "memory_tau_s", "thermal_resistance_c_per_w", "memory_mib"):
         if getattr(profile, key) <= 0:
             yield key, "is not above 0"
-    if profile.nvswitches and not profile.nvswitch_device_id:
-        yield "nvswitch_device_id", "is missing, and there are NVSwitches"
+    if profile.nvswitches and not (profile.nvswitch_device_id and profile.fabric):
+        yield "nvswitches", "is not 0: that wants a nvswitch_device_id, and fabric = true"
     if not profile.source:
         yield "source", "is empty: where are the numbers from?"
 

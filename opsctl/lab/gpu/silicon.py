@@ -1,6 +1,6 @@
 """The silicon: one process outside the machines of a lab that is all of its GPUs.
 
-    python -m opsctl.lab.gpu.silicon /var/lib/opsctl-lab/LAB
+    python -m opsctl.lab.gpu.silicon /var/lib/opsctl-lab/LAB/
 
 Ten times a second it reads what the machines' instances compute, steps each GPU (``board.py``), writes what NVML then
 says into the machines' shared state, and holds the instances to their GPUs' clocks (``throttle.py``). It sees a machine
@@ -20,6 +20,7 @@ from pathlib import Path
 from opsctl.errors import OpsctlError
 from opsctl.lab import machines
 from opsctl.lab import state as labs
+from opsctl.lab.commands import CommandError
 from opsctl.lab.gpu import faults, trees, units
 from opsctl.lab.gpu.board import Board
 from opsctl.lab.gpu.faults import Faults, kernel_line
@@ -50,6 +51,7 @@ class Host:
         self.board = Board(self.profile, StateFile(trees.state_path(self.place)), self.broken)
         self.init: Process | None = None
         self._throttles: dict[str, Throttle] = {}
+        self._logged = ""
 
     def look(self) -> None:
         """Notices a boot, a request of the driver, other faults."""
@@ -68,8 +70,12 @@ class Host:
         if not trees.bound(init):
             trees.hide_module(self.place)
             self.board.boot()
-            trees.bind(init)
-            print(f"{self.machine.name}: booted, pid {init.pid}", flush=True)  # noqa: T201 - the log
+            try:
+                trees.bind(init)
+            except CommandError as error:  # it ends just now; if not, the next look tries again
+                self._log(error.message)
+                return
+            self._log(f"booted, pid {init.pid}")
         self.init = init
 
     def _load_module(self) -> None:
@@ -104,11 +110,20 @@ class Host:
             if instance.name in self._throttles or limit is not None:
                 throttle = self._throttles.setdefault(
                     instance.name, Throttle(self.lab_name, self.machine.name, instance.name, instance.cgroup))
-                throttle.hold((worker.pid for worker in instance.workers), limit)
+                try:
+                    throttle.hold((worker.pid for worker in instance.workers), limit)
+                except OSError as error:
+                    self._log(f"{instance.name} cannot be held back: {error}")
+
+    def _log(self, line: str) -> None:
+        """Into silicon.log, once as long as it is the same."""
+        if line != self._logged:
+            self._logged = line
+            print(f"{self.machine.name}: {line}", flush=True)  # noqa: T201 - the log
 
     def _write_to_kernel_log(self, line: str) -> None:
         """A machine has no kernel log of its own (nspawn gives none): its journal gets the line as the kernel's."""
-        print(f"{self.machine.name}: {line}", flush=True)  # noqa: T201 - the log
+        self._log(line)
         if self.init is None:
             return
         entry = f"MESSAGE={line}\nPRIORITY=3\nSYSLOG_FACILITY=0\nSYSLOG_IDENTIFIER=kernel\n"
@@ -191,8 +206,8 @@ def start(lab: Lab) -> None:
     """Starts the lab's silicon if it has GPUs and none runs. Its log is ``silicon.log`` beside the lab's state."""
     if not any(machine.gpus for machine in lab.machines) or find(lab):
         return
-    with (lab.directory / "silicon.log").open("ab") as log:
-        subprocess.Popen([sys.executable, "-m", MODULE, str(lab.directory)], stdin=subprocess.DEVNULL, stdout=log,
+    with (lab.directory / "silicon.log").open("ab") as log:  # the slash: no other lab's name begins like this
+        subprocess.Popen([sys.executable, "-m", MODULE, f"{lab.directory}/"], stdin=subprocess.DEVNULL, stdout=log,
                          stderr=subprocess.STDOUT, start_new_session=True, cwd="/",
                          env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
 
@@ -200,7 +215,7 @@ def start(lab: Lab) -> None:
 def find(lab: Lab) -> tuple[Process, ...]:
     """The silicon processes of a lab: one, or none."""
     return tuple(process for process in all_processes()
-                 if MODULE in (words := arguments(process)) and str(lab.directory) in words)
+                 if MODULE in (words := arguments(process)) and words[-1].rstrip("/") == str(lab.directory))
 
 
 def stop(lab: Lab) -> None:

@@ -36,7 +36,7 @@ def gpu_uuids(lab: str, host: str, gpus: Gpus) -> tuple[str, ...]:
 def abilities(profile: Profile) -> int:
     has = {"t_limit": profile.t_limit, "memory_sensor": profile.memory_max_c is not None, "gpm": profile.gpm,
            "mig": profile.mig_slices > 0, "ecc": profile.ecc, "row_remap": profile.row_remapper, "fan": profile.fan,
-           "fabric": profile.nvswitches > 0, "nvlink": profile.nvlinks > 0}
+           "fabric": profile.fabric, "nvlink": profile.nvlinks > 0}
     return sum(layout.ABILITIES[name] for name, there in has.items() if there)
 
 

@@ -15,8 +15,11 @@
 #include <unistd.h>
 
 #define STATE "/proc/driver/nvidia/lab-state"
+/* The same file where a unit's ProtectKernelTunables= or ProtectProc= has mounted a fresh /proc over the bound tree;
+ * the real driver's folder is there in a fresh /proc too. */
+#define STATE_TOO "/run/opsctl-lab/proc/nvidia/lab-state"
 #define DEVICES "/dev"
-#define STATE_OVERRIDE "OPSCTL_LAB_GPU_STATE"     /* for tests; both count only where there is no STATE */
+#define STATE_OVERRIDE "OPSCTL_LAB_GPU_STATE"     /* for tests; both count only where there is neither */
 #define DEVICES_OVERRIDE "OPSCTL_LAB_GPU_DEVICES" /* the folder of nvidiactl and nvidia<n> */
 #define SPINS 500 /* a tick is written in microseconds ... */
 #define NAPS 500  /* ... unless the silicon is held up in the middle, or has died there: then what there is must do */
@@ -40,8 +43,10 @@ uint32_t load_word(const uint32_t *word) { return __atomic_load_n(word, __ATOMIC
 
 void store_word(uint32_t *word, uint32_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
 
+static const char *usual_state(void) { return access(STATE, F_OK) == 0 ? STATE : STATE_TOO; }
+
 static const char *override(const char *variable, const char *usual) {
-    const char *other = access(STATE, F_OK) == 0 ? NULL : getenv(variable);
+    const char *other = access(usual_state(), F_OK) == 0 ? NULL : getenv(variable);
     return other ? other : usual;
 }
 
@@ -57,7 +62,7 @@ static int open_node(const char *name) {
 }
 
 static nvmlReturn_t map_state(void) {
-    const char *path = override(STATE_OVERRIDE, STATE);
+    const char *path = override(STATE_OVERRIDE, usual_state());
     int writable = 1, handle = open(path, O_RDWR | O_CLOEXEC);
     if (handle < 0) {
         writable = 0;
