@@ -9,12 +9,13 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from opsctl.cli import lab_fault, lab_load
+from opsctl.cli import lab_fault, lab_inbox, lab_load
 from opsctl.cli.speak import AsJson, Debug, speaking
 
 app = typer.Typer(help="Real machines on this computer: a fleet to try, break and test everything on.",
                   no_args_is_help=True)
 app.command("fault", context_settings={"allow_interspersed_args": True})(lab_fault.fault)
+app.command("inbox")(lab_inbox.inbox)
 app.command("load", context_settings={"allow_interspersed_args": True})(lab_load.load)
 
 Name = Annotated[str | None, typer.Option("--name", help="Which lab. Default: lab, or the only one there is.",

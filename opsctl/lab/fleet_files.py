@@ -20,6 +20,7 @@ from opsctl.fleet.project import ANSIBLE_CFG, GITIGNORE, initialise
 from opsctl.fleet.ssh_config import private_directory
 from opsctl.lab.commands import run
 from opsctl.lab.gpu.state_file import gpu_uuids
+from opsctl.lab.inbox import SMTP_PORT, WEBHOOK_PORT
 from opsctl.lab.state import Lab, Machine
 from opsctl.lab.vendor.repository import Repository, sources_file
 
@@ -30,12 +31,22 @@ WORK = (".opsctl", "bundle", "keys", "trust", "__pycache__")
 VENDOR_SOURCE, VENDOR_KEY = "sources.d/lab.sources", "sources.d/lab.asc"
 
 # Below the hosts of an inventory whose machines have GPUs. The kernel is this computer's: no headers of Debian's fit.
+# Somebody waits for the idle alert here, so it comes sooner than a site would want it.
 DRIVER = """\
 [gpu:vars]
 nvidia_driver_version="580.126.09"
 # What the bundle holds beside it: the way up, and back.
 nvidia_driver_bundle_versions=["580.159.04", "595.71.05"]
 nvidia_driver_own=[]
+
+[monitor:vars]
+# What opsctl lab inbox shows.
+alert_webhook_url=http://{address}:{webhook}/
+alert_email_to=oncall@lab.invalid
+alert_smtp={address}:{smtp}
+alert_smtp_from=opsctl@lab.invalid
+alert_smtp_require_tls=false
+gpu_idle_alert_s=30
 """
 
 SERVICES = """\
@@ -89,7 +100,8 @@ def inventory(lab: Lab) -> str:
                 lines.append(machine.name if machine.name in seen else _host_line(lab, machine))
                 seen.add(machine.name)
         lines.append("")
-    lines += [DRIVER] if any(machine.gpus for machine in lab.machines) else []
+    if any(machine.gpus for machine in lab.machines):
+        lines.append(DRIVER.format(address=lab.machines[0].address, webhook=WEBHOOK_PORT, smtp=SMTP_PORT))
     return "\n".join([*lines, "[all:vars]", f"ansible_ssh_private_key_file={LOGIN_KEY}",
                       "ansible_python_interpreter=/usr/bin/python3", ""])
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from opsctl.errors import OpsctlError
-from opsctl.lab import cgroups, layers, network
+from opsctl.lab import cgroups, inbox, layers, network
 from opsctl.lab.commands import run, tool_environment
 from opsctl.lab.gpu import state_file, trees
 from opsctl.lab.gpu.profiles import named
@@ -102,6 +102,8 @@ def prepare(lab: Lab, machine: Machine, *, host_key: Path, login_key: str) -> Ma
     _write(home / ".ssh/authorized_keys", login_key, 0o600)
     for path in (home / ".ssh", home / ".ssh/authorized_keys"):
         os.chown(path, *owner)
+    if "monitor" in machine.groups and any(other.gpus for other in lab.machines):
+        inbox.install(root)
     layers.sync(place)
     return replace(machine, prepared=True)
 

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, Literal
@@ -126,7 +126,7 @@ def decode(document: dict[str, Any]) -> Lab:
     """The other way."""
     values = {key: value for key, value in document.items() if key != "schema"}
     machines = tuple(
-        Machine(**{**entry, "groups": tuple(entry["groups"]),
+        Machine(**{**_known(entry), "groups": tuple(entry["groups"]),
                    "gpus": Gpus(**entry["gpus"]) if entry.get("gpus") else None,
                    "keeper": Process(**entry["keeper"]) if entry["keeper"] else None,
                    "init": Process(**entry["init"]) if entry["init"] else None})
@@ -134,6 +134,11 @@ def decode(document: dict[str, Any]) -> Lab:
     return Lab(**{**values, "subnet": IPv4Network(values["subnet"]), "fleet": Path(values["fleet"]),
                   "base": Path(values["base"]) if values["base"] else None, "machines": machines,
                   "snapshots": {name: tuple(ran) for name, ran in values["snapshots"].items()}})
+
+
+def _known(entry: dict[str, Any]) -> dict[str, Any]:
+    """Without what a later opsctl wrote into it: its labs are seen, and taken down, by this one too."""
+    return {key: value for key, value in entry.items() if key in {field.name for field in fields(Machine)}}
 
 
 def save(lab: Lab) -> Lab:
