@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from opsctl.bundle.closure import APT_CONFIGURATION, ARCHITECTURE
+from opsctl.bundle.private_apt import APT_CONFIGURATION, ARCHITECTURE
 from opsctl.bundle.process import run
 from opsctl.engines.events import Emit, discard
 from opsctl.lab.vendor.repository import Makers, Repository, ensure_repository, sources_file
