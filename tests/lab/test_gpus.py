@@ -90,18 +90,18 @@ def test_all_is_well_and_nvidia_smi_says_the_same(gpus: LabFleet) -> None:
     assert verified.returncode == 0, verified.stdout + verified.stderr
     for host, model in (("gpu-1", "H200"), ("gpu-2", "L40S")):
         rows = sh(gpus, host, "nvidia-smi --query-gpu=uuid,name,driver_version --format=csv,noheader").splitlines()
-        seen = gpu_state(gpus, host)["gpus"]
+        seen = gpu_state(gpus, host)["devices"]
         assert [row.split(", ")[0] for row in rows] == [one["uuid"] for one in seen]
         assert all(model in row and row.endswith("580.126.09") for row in rows)
         assert {one["instance"] for one in seen} == {"chat.0"}
 
 
 def test_a_hot_gpu_and_an_idle_one_reach_whoever_is_on_call(gpus: LabFleet) -> None:
-    hot_uuid = gpu_state(gpus, "gpu-1")["gpus"][1]["uuid"]
+    hot_uuid = gpu_state(gpus, "gpu-1")["devices"][1]["uuid"]
     with Load(target(read_fleet(gpus.inventory), "chat"), clients=24, tokens=40):
         succeeds("lab", "fault", "gpu-1", "cooling", "--factor", "3", "--gpu", "1", "--name", gpus.name)
         try:
-            wait_for(lambda: gpu_state(gpus, "gpu-1")["gpus"][1]["margin_c"] <= 5)
+            wait_for(lambda: gpu_state(gpus, "gpu-1")["devices"][1]["margin_c"] <= 5)
             hot_since = time.monotonic()
             sh(gpus, "gpu-2", ENGINE.format("STOP"))  # it hangs: its GPUs do nothing, and all wait for gpu-1
             idle_since = time.monotonic()
@@ -122,14 +122,14 @@ def test_a_hot_gpu_and_an_idle_one_reach_whoever_is_on_call(gpus: LabFleet) -> N
             sh(gpus, "gpu-2", ENGINE.format("CONT"))
             succeeds("lab", "fault", "gpu-1", "clear", "--name", gpus.name)
         wait_for(lambda: told(gpus, IDLE, "resolved"))
-        wait_for(lambda: gpu_state(gpus, "gpu-1")["gpus"][1]["margin_c"] > 5)
+        wait_for(lambda: gpu_state(gpus, "gpu-1")["devices"][1]["margin_c"] > 5)
         wait_for(lambda: told(gpus, HOT, "resolved"))
 
 
 def test_verify_says_what_is_wrong(gpus: LabFleet) -> None:
     """A stopped exporter, and an instance on another GPU than the placed one."""
     placement = "/etc/opsctl/instances/chat.0.toml"
-    uuids = [one["uuid"] for one in gpu_state(gpus, "gpu-2")["gpus"]]
+    uuids = [one["uuid"] for one in gpu_state(gpus, "gpu-2")["devices"]]
     swap = f"sed -i 's/{uuids[1]}/{uuids[0]}/' {placement} && systemctl restart inference@chat.0"
     sh(gpus, "gpu-1", "systemctl stop opsctl-agent")
     sh(gpus, "gpu-2", f"cp -p {placement} /root/placement.toml && {swap}", 120)
@@ -155,7 +155,7 @@ def test_a_driver_goes_up_and_back_by_the_inventory(gpus: LabFleet) -> None:
         return sh(gpus, host, "cat /var/log/dpkg.log").splitlines()
 
     before = fingerprint.of_fleet(gpus)
-    refused(provision("595.71.05"), 5, "provision.failed")  # engines hold the GPUs open
+    refused(provision("595.71.05"), 5, "provision.preflight")  # engines hold the GPUs open
     assert fingerprint.of_fleet(gpus) == before
     for version, other in (("595.71.05", "580.126.09"), ("580.126.09", "595.71.05")):
         for host in gpus.gpu_hosts:
