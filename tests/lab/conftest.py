@@ -47,6 +47,14 @@ class LabFleet:
                               capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
+def unwatched(fleet: Path) -> None:
+    """Takes ops-1 out of the group monitor: what watches is tested in test_gpus.py, and takes time to install."""
+    inventory = fleet / "inventory.ini"
+    text = inventory.read_text()
+    assert "[monitor]\nops-1\n\n" in text
+    inventory.write_text(text.replace("[monitor]\nops-1\n\n", ""))
+
+
 def missing() -> str:
     """Why there can be no lab here; empty when there can."""
     lacks = requirements.missing(requirements.look())
@@ -74,6 +82,7 @@ def lab_fleet(computer: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
         directory = tmp_path_factory.mktemp("lab") / "fleet"
         try:
             lab = laboratory.up(NAME, 2, directory, None, discard).lab
+            unwatched(lab.fleet)
             yield LabFleet(NAME, directory, tuple(machine.name for machine in lab.machines))
         finally:
             laboratory.down(NAME, keep_fleet=False, emit=discard)
@@ -98,6 +107,7 @@ def own_lab(computer: None, request: pytest.FixtureRequest, tmp_path: Path) -> I
     name = f"{NAME}-own"
     try:
         lab = laboratory.up(name, getattr(request, "param", 1), tmp_path / "fleet", None, discard).lab
+        unwatched(lab.fleet)
         yield LabFleet(name, lab.fleet, tuple(machine.name for machine in lab.machines))
     finally:
         if state.exists(name):

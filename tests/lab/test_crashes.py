@@ -18,7 +18,7 @@ from typing import Any
 import fingerprint
 import pytest
 from command import Said, opsctl, refused, succeeds
-from conftest import NAME, LabFleet
+from conftest import LabFleet, NAME, unwatched
 
 from opsctl.engines.events import discard
 from opsctl.lab import laboratory, state
@@ -69,6 +69,7 @@ def crashes(computer: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     laboratory.down(name, keep_fleet=False, emit=discard)
     try:
         lab = laboratory.up(name, 2, home / "ann", None, discard).lab
+        unwatched(lab.fleet)
         fleet = LabFleet(name, lab.fleet, tuple(machine.name for machine in lab.machines))
         succeeds("bundle", "build", inventory=fleet.inventory)
         for version, seed in (("v1", 0), ("v2", 1)):

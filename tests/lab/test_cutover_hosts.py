@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from command import succeeds
-from conftest import NAME, LabFleet
+from conftest import LabFleet, NAME, unwatched
 
 from opsctl.engines.events import discard
 from opsctl.engines.session import Session
@@ -96,6 +96,7 @@ def machine(computer: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     model = directory.parent / "small.gguf"
     try:
         lab = laboratory.up(name, 1, directory, None, discard).lab
+        unwatched(lab.fleet)
         fleet = LabFleet(name, directory, tuple(machine.name for machine in lab.machines))
         write_model(model, "small")
         succeeds("bundle", "build", inventory=fleet.inventory)

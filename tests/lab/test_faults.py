@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from command import opsctl, succeeds
-from conftest import NAME, LabFleet
+from conftest import LabFleet, NAME, unwatched
 from test_crashes import POINTS
 
 from opsctl.engines.events import discard
@@ -157,6 +157,7 @@ def fleet(computer: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     laboratory.down(name, keep_fleet=False, emit=discard)
     try:
         lab = laboratory.up(name, 2, directory, None, discard).lab
+        unwatched(lab.fleet)
         found = LabFleet(name, lab.fleet, tuple(machine.name for machine in lab.machines))
         succeeds("bundle", "build", inventory=found.inventory)
         for version, size in (("v1", "small"), ("v2", "mid")):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from command import opsctl, refused, succeeds
-from conftest import NAME, LabFleet
+from conftest import LabFleet, NAME, unwatched
 
 from opsctl.engines.events import discard
 from opsctl.fleet.inventory import read_fleet
@@ -29,6 +29,7 @@ def apart(computer: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     laboratory.down(name, keep_fleet=False, emit=discard)
     try:
         lab = laboratory.up(name, 3, directory, None, discard).lab
+        unwatched(lab.fleet)
         fleet = LabFleet(name, lab.fleet, tuple(machine.name for machine in lab.machines))
         text = fleet.inventory.read_text()
         (line,) = [line for line in text.splitlines() if line.startswith(f"{GATEWAY} ")]

@@ -22,7 +22,7 @@ PROJECT = (".venv", "opsctl", "playbooks", "roles", "templates", "inventory.exam
 NOT_NEEDED = ("xllamacpp*", "numpy*", "mypy*", "ansiblelint", "__pycache__", "ruff", "*/bin/ruff")  # 250 MB less
 FLEET = "/root/fleet"
 HOST = "ops-1"
-INVENTORY = "".join(f"[{group}]\nthis ansible_connection=local\n" for group in ("gpu", "lb", "monitor", "gateway"))
+INVENTORY = "".join(f"[{group}]\nthis ansible_connection=local\n" for group in ("gpu", "lb", "gateway"))
 SERVICES = "chat:\n  group: gpu\n  port: 8100\n  listen: 8000\n  first_release: v1\n  instances_per_host: {count}\n"
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from command import opsctl, succeeds
-from conftest import NAME, LabFleet
+from conftest import LabFleet, NAME, unwatched
 from under_load import (
     LEAST_IN_FLIGHT,
     DrainWatch,
@@ -56,6 +56,7 @@ def busy(computer: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
     laboratory.down(name, keep_fleet=False, emit=discard)  # of a run that was killed
     try:
         lab = laboratory.up(name, GPU_HOSTS, directory, None, discard).lab
+        unwatched(lab.fleet)
         fleet = LabFleet(name, directory, tuple(machine.name for machine in lab.machines))
         succeeds("bundle", "build", inventory=fleet.inventory)
         import_slow(fleet, "v1", seed=0)
