@@ -107,7 +107,6 @@ def own_lab(computer: None, request: pytest.FixtureRequest, tmp_path: Path) -> I
     name = f"{NAME}-own"
     try:
         lab = laboratory.up(name, getattr(request, "param", 1), tmp_path / "fleet", None, discard).lab
-        unwatched(lab.fleet)
         yield LabFleet(name, lab.fleet, tuple(machine.name for machine in lab.machines))
     finally:
         if state.exists(name):

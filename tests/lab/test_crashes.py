@@ -18,7 +18,7 @@ from typing import Any
 import fingerprint
 import pytest
 from command import Said, opsctl, refused, succeeds
-from conftest import LabFleet, NAME, unwatched
+from conftest import NAME, LabFleet, unwatched
 
 from opsctl.engines.events import discard
 from opsctl.lab import laboratory, state

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from command import succeeds
-from conftest import LabFleet, NAME, unwatched
+from conftest import NAME, LabFleet, unwatched
 
 from opsctl.engines.events import discard
 from opsctl.engines.session import Session

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from command import opsctl, succeeds
-from conftest import LabFleet, NAME, unwatched
+from conftest import NAME, LabFleet, unwatched
 from test_crashes import POINTS
 
 from opsctl.engines.events import discard

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from command import opsctl, refused, succeeds
-from conftest import LabFleet, NAME, unwatched
+from conftest import NAME, LabFleet, unwatched
 
 from opsctl.engines.events import discard
 from opsctl.fleet.inventory import read_fleet

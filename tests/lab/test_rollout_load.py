@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from command import opsctl, succeeds
-from conftest import LabFleet, NAME, unwatched
+from conftest import NAME, LabFleet, unwatched
 from under_load import (
     LEAST_IN_FLIGHT,
     DrainWatch,
