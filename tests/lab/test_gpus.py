@@ -21,7 +21,7 @@ from opsctl.lab.load import Load, target
 from opsctl.lab.model import write_model
 from opsctl.releases.remote import HOST_PROGRAM
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
 HOT, IDLE = "GpuThermalMarginLow", "GpuIdleWhileRequestsWait"
 WITHIN_S = 120.0
@@ -144,7 +144,6 @@ def test_verify_says_what_is_wrong(gpus: LabFleet) -> None:
     assert "wrong: gpu-2: chat.0 has the GPUs that are placed to it" in text, text
 
 
-@pytest.mark.slow
 def test_a_driver_goes_up_and_back_by_the_inventory(gpus: LabFleet) -> None:
     def provision(version: str) -> Any:
         text = gpus.inventory.read_text()
@@ -174,7 +173,6 @@ def test_a_driver_goes_up_and_back_by_the_inventory(gpus: LabFleet) -> None:
         assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
-@pytest.mark.slow
 def test_verify_tells_of_another_driver(gpus: LabFleet) -> None:
     sh(gpus, "gpu-2", "systemctl stop inference@chat.0 opsctl-agent nvidia-persistenced && nvidia-modprobe -r && "
        "cp /lib/modules/lab/nvidia.version /root/ && echo 595.71.05 >/lib/modules/lab/nvidia.version && "
