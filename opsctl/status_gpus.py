@@ -94,8 +94,13 @@ def seen_wrong(told: Mapping[str, Any], instance: str, placed: Sequence[str]) ->
             return f"no {uuid}"
         if there[uuid]["state"] != "ok":
             return f"{uuid} {there[uuid]['words']}"
-    foreign = [uuid for uuid, one in there.items() if instance in one["users"] and uuid not in placed]
-    return f"{instance} computes on {', '.join(foreign)}" if foreign else ""
+    used = [uuid for uuid, one in there.items() if instance in one["users"]]
+    foreign = [uuid for uuid in used if uuid not in placed]
+    if foreign:
+        return f"{instance} computes on {', '.join(foreign)}"
+    left_out = [uuid for uuid in placed if uuid not in used]
+    # one that computes on none is an engine of the CPU, or has not begun: whether it serves is looked at elsewhere
+    return f"{instance} does not compute on {', '.join(left_out)}" if used and left_out else ""
 
 
 def model(name: str) -> str:

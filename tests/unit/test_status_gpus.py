@@ -90,6 +90,7 @@ def test_what_strict_counts(what: dict[str, Any], expected: list[str]) -> None:
     (told(device(0, users=["chat.0"]), device(1, users=["chat.1", "python3"])), ["GPU-0"], ""),
     (told(device(0, users=[])), ["GPU-0"], ""),
     (told(device(0, users=[]), device(1, users=["chat.0"])), ["GPU-0"], "chat.0 computes on GPU-1"),
+    (told(device(0, users=["chat.0"]), device(1, users=[])), ["GPU-0", "GPU-1"], "chat.0 does not compute on GPU-1"),
     (told(device(0, users=[])), ["GPU-0", "GPU-9"], "no GPU-9"),
     (told(device(0, users=[], state="lost", words="fell off the bus")), ["GPU-0"], "GPU-0 fell off the bus"),
     (told(device(0, users=[]), age_s=90.0, words="x"), ["GPU-0"], "stale: x"),
