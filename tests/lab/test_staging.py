@@ -187,9 +187,9 @@ def test_a_release_that_does_not_fit_one_host_is_refused_before_any_byte(serving
 
 @pytest.fixture
 def small_disk(serving: Any) -> Iterator[str]:
-    """/srv/opsctl of gpu-2 is a file system of its own, with room for the releases there and one more."""
+    """/srv/opsctl of gpu-2 is a file system of its own, with room for the releases there, one more, and what stays free."""
     grow = ("set -e; used=$(du -sm /srv/opsctl | cut -f1); mkdir /run/roomy; cp -a /srv/opsctl/. /run/roomy/; "
-            "mount -t tmpfs -o size=$((used + 250))m,mode=755 small /srv/opsctl; cp -a /run/roomy/. /srv/opsctl/; "
+            "mount -t tmpfs -o size=$((used + 2000))m,mode=755 small /srv/opsctl; cp -a /run/roomy/. /srv/opsctl/; "
             "rm -rf /run/roomy")
     done = serving.run("gpu-2", ["sudo", "sh", "-c", grow], timeout_s=120)
     assert done.returncode == 0, done.stderr
@@ -205,8 +205,11 @@ def test_a_disk_that_fills_while_it_is_staged_ends_that_and_nothing_else(serving
             f"dd if=/dev/zero of={small_disk} bs=1M; true")
     with subprocess.Popen(["ssh", "-F", serving.directory / ".opsctl/ssh_config", "gpu-2", f'sudo sh -c "{fill}"'],
                           stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as filler:
-        said = stage(serving, "s8", "--rate-limit", SLOW)
-        filler.wait(timeout=60)
+        try:
+            said = stage(serving, "s8", "--rate-limit", SLOW)
+            filler.wait(timeout=60)
+        finally:
+            filler.kill()
     assert said.returncode not in (0, 10), said.stdout
     error = said.document["error"]
     assert error["code"] == "host.disk_full", error
