@@ -189,7 +189,7 @@ def test_a_release_that_does_not_fit_one_host_is_refused_before_any_byte(serving
 def small_disk(serving: Any) -> Iterator[str]:
     """/srv/opsctl of gpu-2 is a file system of its own, with room for what is there, one more, and what stays free."""
     grow = ("set -e; used=$(du -sm /srv/opsctl | cut -f1); mkdir /run/roomy; cp -a /srv/opsctl/. /run/roomy/; "
-            "mount -t tmpfs -o size=$((used + 2000))m,mode=755 small /srv/opsctl; cp -a /run/roomy/. /srv/opsctl/; "
+            "mount -t tmpfs -o size=$((used + 450))m,mode=755 small /srv/opsctl; cp -a /run/roomy/. /srv/opsctl/; "
             "rm -rf /run/roomy")
     done = serving.run("gpu-2", ["sudo", "sh", "-c", grow], timeout_s=120)
     assert done.returncode == 0, done.stderr
