@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import os
@@ -21,6 +22,7 @@ CHUNK = 1 << 20
 TIMEOUT_S = 30.0  # without a single byte
 ATTEMPTS = 5  # in a row without progress
 PAUSES_S = (0.2, 1.0, 3.0, 5.0)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 PARTIAL = ".part"
 VALIDATOR = ".validator"  # after the name of the .part: which content of the source it is the beginning of
 CHANGED = "the copy at the source changed after signing: remove it there and publish again"
@@ -55,6 +57,8 @@ def fetch(url: str, path: Path, *, size: int | None, sha256: str, advance: Advan
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             if isinstance(error, urllib.error.HTTPError) and error.code in (400, 401, 403, 404, 410):
                 raise _failed(url, error) from None
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
+                raise  # the disk's fault, not the source's
             if isinstance(error, OSError) and error.errno is not None and not _of_network(error):
                 raise _failed(url, error) from None
             # Farther than ever, not than before: a source that got shorter is fetched, thrown away, fetched ...
