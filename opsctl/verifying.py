@@ -126,8 +126,9 @@ def expected_placement(placement: Placement) -> dict[str, Any]:
     return {**table, "gpus": list(placement.gpus)}
 
 
-def check_placements(wanted: Sequence[Placement], found: Mapping[str, Mapping[str, Any]]) -> None:
-    """``found``: the table in each file, by instance.
+def check_placements(wanted: Sequence[Placement], found: Mapping[str, Mapping[str, Any]], *, undealt: bool = False
+                     ) -> None:
+    """``found``: the table in each file, by instance; ``undealt``: nobody here knows the GPUs that they are to have.
 
     Raises:
         Wrong: one lacks, is left over, or says something else.
@@ -137,6 +138,9 @@ def check_placements(wanted: Sequence[Placement], found: Mapping[str, Mapping[st
         raise Wrong(f"placements of {_names(names)}", f"placements of {_names(found)}")
     for placement in wanted:
         table = expected_placement(placement)
+        if undealt:
+            raise Wrong(f"GPUs of {placement.host} in gpus.yml", "none", "bring gpus.yml of the last provision here, "
+                        "from git; or opsctl provision, which finds them")
         for key, value in table.items():
             there = found[placement.instance].get(key)
             if there != value:

@@ -11,6 +11,7 @@ from opsctl.cli import (
     drain,
     execute,
     gc,
+    gpus,
     history,
     hold,
     init,
@@ -77,6 +78,7 @@ app.add_typer(lock.app, name="lock")
 app.command("logs")(logs.logs)
 app.command("exec")(execute.execute)
 app.command("doctor")(doctor.doctor)
+app.add_typer(gpus.app, name="gpus")
 app.add_typer(model.app, name="model")
 app.add_typer(bundle.app, name="bundle")
 app.add_typer(lab.app, name="lab")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opsctl.errors import ConfigurationError
-from opsctl.fleet import gpus
+from opsctl.fleet import gpu_lock, gpus
 from opsctl.fleet.model import Host
 from opsctl.fleet.source import at, find_line, inventory_files, text_of
 
@@ -36,8 +36,9 @@ READ = (
 )
 
 
-def make_host(name: str, variables: Mapping[str, Any], groups: Sequence[str], inventory: Path) -> Host:
-    """The host that an inventory's variables describe.
+def make_host(name: str, variables: Mapping[str, Any], groups: Sequence[str], inventory: Path,
+              locked: Sequence[gpu_lock.Gpu] | None = None) -> Host:
+    """The host that an inventory's variables describe. ``locked``: its GPUs in gpus.yml, None when it is not there.
 
     Raises:
         ConfigurationError: ``inventory.*``; the message names file, line, key and value.
@@ -66,8 +67,17 @@ def make_host(name: str, variables: Mapping[str, Any], groups: Sequence[str], in
         port=_port(name, variables, inventory),
         identity_file=str(inventory.parent / Path(identity).expanduser()) if identity else "",
         proxy_jump=_text(name, variables, ("proxy_jump",), inventory) or jump, ssh_options=options,
-        service_address=own["service_address"], management_address=own["management_address"], variables=dict(variables),
+        service_address=own["service_address"], management_address=own["management_address"],
+        gpus=_gpus(variables, locked), variables=dict(variables),
     )
+
+
+def _gpus(variables: Mapping[str, Any], locked: Sequence[gpu_lock.Gpu] | None) -> tuple[str, ...] | None:
+    """What the inventory names (a list, or text with commas), else what gpus.yml has."""
+    written = gpus.listed(variables.get("gpu_uuids"))
+    if written or locked is None:
+        return written or None
+    return tuple(gpu.uuid for gpu in locked)
 
 
 def check_gpus(name: str, variables: Mapping[str, Any], inventory: Path) -> None:

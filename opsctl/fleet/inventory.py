@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from opsctl.errors import ConfigurationError
+from opsctl.fleet import gpu_lock
 from opsctl.fleet.ansible_inventory import read_raw
 from opsctl.fleet.groups import ANSIBLES_OWN, check_groups
 from opsctl.fleet.hosts import READ, check_addresses, make_host
@@ -40,12 +41,15 @@ def read_fleet(path: Path) -> Fleet:
     except UnicodeDecodeError:
         raise ConfigurationError("services.not_yaml", f"{services} is not UTF-8.", hint="save it as UTF-8") from None
     raw = read_raw(inventory)
-    return fleet_from_ansible(raw.hostvars, raw.groups, services_text, inventory.parent, inventory)
+    return fleet_from_ansible(raw.hostvars, raw.groups, services_text, inventory.parent, inventory,
+                              _text(inventory.parent / gpu_lock.NAME))
 
 
 def fleet_from_ansible(hostvars: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[str]],
-                       services_text: str, directory: Path, inventory: Path) -> Fleet:
+                       services_text: str, directory: Path, inventory: Path, gpus_text: str = "") -> Fleet:
     """The fleet from Ansible's variables of each host, its groups (each with all its hosts), and a services.yml's text.
+
+    ``gpus_text``: that of gpus.yml, empty where there is none yet.
 
     Raises:
         ConfigurationError: as ``read_fleet``.
@@ -56,9 +60,11 @@ def fleet_from_ansible(hostvars: Mapping[str, Mapping[str, Any]], groups: Mappin
     choices = {key: _choice(key, hostvars, inventory) for key in CHOICES}
     services = read_services(services_text, directory / "services.yml")
     check_groups(tuple(hostvars), members, services, choices["load_balancer"], inventory, directory / "services.yml")
+    gpus = gpu_lock.read(gpus_text, directory / gpu_lock.NAME)
     users = {group: inside for group, inside in members.items() if group not in ANSIBLES_OWN}
     hosts = tuple(
-        make_host(name, versions_as_text(variables), [group for group in users if name in users[group]], inventory)
+        make_host(name, versions_as_text(variables), [group for group in users if name in users[group]], inventory,
+                  gpus.get(name))
         for name, variables in hostvars.items())
     check_addresses(hosts, inventory)
     fleet = Fleet(directory=directory, inventory=inventory, hosts=hosts, services=services,
@@ -66,6 +72,20 @@ def fleet_from_ansible(hostvars: Mapping[str, Mapping[str, Any]], groups: Mappin
                   load_balancer=choices["load_balancer"])  # type: ignore[arg-type]
     clashes(fleet)
     return fleet
+
+
+def _text(path: Path) -> str:
+    """A file's text, empty when there is none.
+
+    Raises:
+        ConfigurationError: ``gpus.not_yaml``.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    except UnicodeDecodeError:
+        raise ConfigurationError("gpus.not_yaml", f"{path} is not UTF-8.", hint="save it as UTF-8") from None
 
 
 def is_read(variable: str) -> bool:

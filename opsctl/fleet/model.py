@@ -37,6 +37,7 @@ class Host:
     ssh_options: tuple[tuple[str, str], ...] = ()  # from ansible_ssh_common_args: ("Compression", "yes")
     service_address: str = ""  # engines, load balancer, bundle
     management_address: str = ""  # agent and exporters
+    gpus: tuple[str, ...] | None = None  # UUIDs in PCI bus order; None: nobody has written them down yet
     variables: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -83,6 +84,10 @@ class Fleet:
     @property
     def services_file(self) -> Path:
         return self.directory / "services.yml"
+
+    @property
+    def gpus_file(self) -> Path:
+        return self.directory / "gpus.yml"
 
     @property
     def known_hosts(self) -> Path:

@@ -28,10 +28,12 @@ from opsctl.fleet.model import (
 def place(fleet: Fleet) -> tuple[Placement, ...]:
     """Every instance of every service, by service, host and index, each in the operator's order.
 
+    Instances of ``undealt`` hosts have no GPUs yet.
+
     Raises:
-        ConfigurationError: an instance wants GPUs, and its host has none left or says nothing of them.
+        ConfigurationError: an instance wants GPUs, and its host has none left.
     """
-    left = {host.name: gpu_uuids(host) for host in fleet.hosts}
+    left = {host.name: host.gpus for host in fleet.hosts}
     placements = []
     for service in fleet.services:
         for host in fleet.group(service.group):
@@ -44,25 +46,28 @@ def place(fleet: Fleet) -> tuple[Placement, ...]:
     return tuple(placements)
 
 
-def gpu_uuids(host: Host) -> tuple[str, ...]:
-    """The host's GPUs in PCI bus order, from its variable ``gpu_uuids`` (a list, or text with commas)."""
-    value = host.variables.get("gpu_uuids", ())
-    parts = value.split(",") if isinstance(value, str) else value
-    return tuple(str(part).strip() for part in parts if str(part).strip())
+def with_gpus(fleet: Fleet) -> tuple[Host, ...]:
+    """The hosts whose instances want GPUs."""
+    groups = {service.group for service in fleet.services if service.gpus_per_instance}
+    return tuple(host for host in fleet.hosts if groups & set(host.groups))
 
 
-def _deal(fleet: Fleet, service: Service, host: Host, index: int, left: tuple[str, ...]
-          ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def undealt(fleet: Fleet) -> tuple[Host, ...]:
+    """Hosts whose instances want GPUs that nobody has written down: the next provision finds them."""
+    return tuple(host for host in with_gpus(fleet) if host.gpus is None)
+
+
+def _deal(fleet: Fleet, service: Service, host: Host, index: int, left: tuple[str, ...] | None
+          ) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
     wanted = service.gpus_per_instance
+    if left is None:
+        return (), None
     if wanted <= len(left):
         return left[:wanted], left[wanted:]
-    said = len(gpu_uuids(host))
-    why = f"{host.name} has {said}, {len(left)} of them not dealt" if said else f"{host.name} has no gpu_uuids"
     raise ConfigurationError(
         "services.too_few_gpus", f"{fleet.services_file}: {service.name}.{index} wants gpus_per_instance: {wanted} on "
-        f"{host.name}, and {why}.",
-        hint=f"{host.name} gpu_uuids='[\"GPU-...\"]' in {fleet.inventory.name} (nvidia-smi -L shows them), "
-             "or fewer instances, or gpus_per_instance: 0")
+        f"{host.name}, which has {len(host.gpus or ())} GPUs, {len(left)} of them not dealt.",
+        hint=f"fewer instances, or fewer GPUs each; a new card in {host.name}: opsctl gpus accept {host.name}")
 
 
 def backends(fleet: Fleet) -> list[dict[str, Any]]:

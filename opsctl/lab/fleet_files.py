@@ -16,10 +16,10 @@ from pathlib import Path
 
 from opsctl.agent.durable import write_atomically
 from opsctl.errors import RefusedError
+from opsctl.fleet import gpu_lock
 from opsctl.fleet.project import ANSIBLE_CFG, GITIGNORE, initialise
 from opsctl.fleet.ssh_config import private_directory
 from opsctl.lab.commands import run
-from opsctl.lab.gpu.state_file import gpu_uuids
 from opsctl.lab.inbox import SMTP_PORT, WEBHOOK_PORT
 from opsctl.lab.state import Lab, Machine
 from opsctl.lab.vendor.repository import Repository, sources_file
@@ -111,8 +111,7 @@ def _host_line(lab: Lab, machine: Machine) -> str:
     if machine.proxy_jump:
         words.append(f"proxy_jump={machine.proxy_jump}")
     if machine.gpus:
-        uuids = json.dumps(gpu_uuids(lab.name, machine.name, machine.gpus))
-        words += [f"gpu_model={json.dumps(machine.gpus.model)}", f"gpu_uuids='{uuids}'"]
+        words.append(f"gpu_model={json.dumps(machine.gpus.model)}")
     return " ".join(words)
 
 
@@ -237,6 +236,7 @@ def remove_fleet(lab: Lab) -> tuple[str, ...]:
             (fleet / path).unlink()
         elif not receipt.files[path] and (fleet / path).is_dir():
             shutil.rmtree(fleet / path)
+    (fleet / gpu_lock.NAME).unlink(missing_ok=True)  # provision wrote it, of GPUs that go with the machines
     (fleet / RECEIPT).unlink()
     for name in WORK if receipt.created else (".opsctl",):
         if (fleet / name).is_dir():

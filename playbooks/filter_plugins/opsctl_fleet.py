@@ -1,6 +1,6 @@
-"""The filters ``opsctl_fleet`` and ``opsctl_receivers``: what playbooks need to know, from where opsctl computes it.
+"""What playbooks need to know, from where opsctl computes it: the filters of a fleet, its receivers and its GPUs.
 
-    groups | opsctl_fleet(hostvars, lookup('file', inventory_dir ~ '/services.yml'), inventory_dir)
+    groups | opsctl_fleet(hostvars, lookup('file', inventory_dir ~ '/services.yml'), inventory_dir, gpus_text)
     hostvars[inventory_hostname] | opsctl_receivers
 
 Nothing is decided here, and nothing of Ansible is imported: its lazy, tagged values become plain ones on the way in.
@@ -9,11 +9,11 @@ Nothing is decided here, and nothing of Ansible is imported: its lazy, tagged va
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opsctl.fleet import monitoring
+from opsctl.fleet import gpu_lock, monitoring
 from opsctl.fleet.inventory import fleet_from_ansible, is_read
 from opsctl.fleet.model import (
     AGENT_CHECK_PORT,
@@ -23,7 +23,7 @@ from opsctl.fleet.model import (
     NODE_EXPORTER_PORT,
     PROMETHEUS_PORT,
 )
-from opsctl.fleet.placements import backends, gateway, gateway_url, place
+from opsctl.fleet.placements import backends, gateway, gateway_url, place, undealt, with_gpus
 
 DOCUMENTATION = r"""
 name: opsctl_fleet
@@ -49,30 +49,39 @@ options:
     description: Where inventory and services.yml lie.
     type: path
     required: true
+  gpus_text:
+    description: The text of gpus.yml; empty where there is none.
+    type: str
+    default: ""
 """
 
 RETURN = r"""
 _value:
   description: >-
     placements (a list for each host), backends (one for each service), gateway_url, gateway_host, bundle_port,
+    gpus (UUIDs of each host), with_gpus and undealt (names),
     agent_check_port, package_source, load_balancer, host_addresses, monitoring (jobs, alertmanagers, cluster_peers,
     node_exporter_port, ports).
   type: dict
 """
 
 
-def opsctl_fleet(groups: Mapping[str, Any], hostvars: Mapping[str, Any], services_text: str, inventory_dir: str
-                 ) -> dict[str, Any]:
+def opsctl_fleet(groups: Mapping[str, Any], hostvars: Mapping[str, Any], services_text: str, inventory_dir: str,
+                 gpus_text: str = "") -> dict[str, Any]:
     """Plain data for roles and templates; an error of the fleet's is the task's error, in one sentence."""
     directory = Path(plain(inventory_dir))
     variables = {plain(host): {plain(key): plain(hostvars[host][key]) for key in hostvars[host] if is_read(key)}
                  for host in groups["all"]}
-    fleet = fleet_from_ansible(variables, plain(groups), plain(services_text), directory, directory / "inventory.ini")
+    fleet = fleet_from_ansible(variables, plain(groups), plain(services_text), directory, directory / "inventory.ini",
+                               plain(gpus_text))
     placements = place(fleet)
     return {
         "placements": {host.name: [dataclasses.asdict(placement) | {"gpus": list(placement.gpus)}
                                    for placement in placements if placement.host == host.name] for host in fleet.hosts},
         "backends": backends(fleet),
+        "gpus": {host.name: list(host.gpus or ()) for host in fleet.hosts},
+        "with_gpus": [host.name for host in with_gpus(fleet)],
+        "undealt": [host.name for host in undealt(fleet)],
         "gateway_url": gateway_url(fleet),
         "gateway_host": gateway(fleet).name,
         "bundle_port": BUNDLE_PORT,
@@ -100,6 +109,22 @@ def opsctl_receivers(variables: Mapping[str, Any]) -> dict[str, Any]:
     return monitoring.receivers({key: plain(variables[key]) for key in monitoring.RECEIVERS if key in variables})
 
 
+def opsctl_gpus(host: str, fleet: Mapping[str, Any], said: str, agent: str) -> list[dict[str, str]]:
+    """A host's GPUs, from nvidia-smi's answer and its agent's settings; another than before is the task's error."""
+    name, document = plain(host), plain(fleet)
+    known = None if name in document["undealt"] else document["gpus"][name]
+    found = gpu_lock.settle(name, known, gpu_lock.recorded_in(plain(agent)), plain(said))
+    return [dataclasses.asdict(gpu) for gpu in found]
+
+
+def opsctl_gpu_lock(gpus_text: str, hostvars: Mapping[str, Any], hosts: Sequence[str]) -> str:
+    """gpus.yml with what ``opsctl_gpus`` told of these hosts added; a host that was not asked is left out."""
+    text = plain(gpus_text)
+    more = {host: tuple(gpu_lock.Gpu(**gpu) for gpu in plain(hostvars[host]["opsctl_gpus"]))
+            for host in plain(hosts) if "opsctl_gpus" in hostvars[host]}
+    return gpu_lock.render(gpu_lock.read(text, Path(gpu_lock.NAME)) | more) if more else text
+
+
 def plain(value: Any) -> Any:
     """Ansible's tagged text, numbers and lazy containers as Python's own types."""
     if isinstance(value, Mapping):
@@ -118,4 +143,5 @@ class FilterModule:
     """What Ansible looks for in this file."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
-        return {"opsctl_fleet": opsctl_fleet, "opsctl_receivers": opsctl_receivers}
+        return {"opsctl_fleet": opsctl_fleet, "opsctl_receivers": opsctl_receivers, "opsctl_gpus": opsctl_gpus,
+                "opsctl_gpu_lock": opsctl_gpu_lock}

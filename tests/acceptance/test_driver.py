@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from opsctl.fleet.model import Host
-from opsctl.fleet.placements import gpu_uuids
 from opsctl.resources import resource
-from opsctl.verifying import Wrong
+from opsctl.verifying import Doubtful, Wrong
 
 RECORD = "/etc/opsctl/driver.json"
 PROGRAM = "roles/nvidia_driver/files/driver_layers.py"
@@ -39,21 +38,25 @@ def test_holds(provisioned) -> None:
         raise Wrong(f"packages of {record['version']}", ", ".join(f"{name} {other[name]}" for name in other))
 
 
-@pytest.mark.of("host", "has the GPUs of gpu_uuids, in PCI order")
+@pytest.mark.of("host", "has the GPUs of gpus.yml, in PCI order")
 def test_gpus(provisioned) -> None:
-    wanted = list(gpu_uuids(provisioned.host))
+    wanted = list(provisioned.host.gpus or ())
     if not _version(provisioned.host):
         pytest.skip("the inventory names no nvidia_driver_version for it")
     if not wanted:
-        pytest.skip("the inventory names no gpu_uuids for it")
+        pytest.skip("neither gpus.yml nor gpu_uuids names any")
     found = _layers(provisioned, wanted)["gpus"]
     missing = [uuid for uuid in wanted if uuid not in found]
     if missing:
         raise Wrong(f"{len(wanted)} GPUs", f"{len(found)}; missing: {', '.join(missing)}",
-                    f"opsctl exec --limit {provisioned.host.name} -- nvidia-smi -L shows what is there")
+                    f"opsctl status --gpus; after a repair: opsctl gpus accept {provisioned.host.name}")
     if [uuid for uuid in found if uuid in wanted] != wanted:
-        raise Wrong(f"gpu_uuids in PCI order: {', '.join(uuid for uuid in found if uuid in wanted)}", ", ".join(wanted),
-                    "correct the order of gpu_uuids: GPUs are dealt to instances by it")
+        raise Wrong(f"GPUs in PCI order: {', '.join(uuid for uuid in found if uuid in wanted)}", ", ".join(wanted),
+                    f"opsctl gpus accept {provisioned.host.name}, or correct gpu_uuids of the inventory")
+    new = [uuid for uuid in found if uuid not in wanted]
+    if new:
+        raise Doubtful(f"{len(new)} more than gpus.yml has, dealt to nobody ({', '.join(new)}): opsctl gpus accept "
+                       f"{provisioned.host.name}")
 
 
 def _version(host: Host) -> str:

@@ -11,7 +11,7 @@ from opsctl.agent import flat_toml
 from opsctl.bundle.keys import checking
 from opsctl.errors import OpsctlError
 from opsctl.fleet.model import Fleet
-from opsctl.fleet.placements import place
+from opsctl.fleet.placements import place, undealt
 from opsctl.lab.answer import Response
 from opsctl.verifying import (
     TIME_SERVICES,
@@ -72,7 +72,8 @@ def test_placements(fleet: Fleet, provisioned, target: Target) -> None:
     names = file(PLACEMENTS).listdir() if file(PLACEMENTS).is_directory else []
     found = {name.removesuffix(".toml"): flat_toml.loads(file(f"{PLACEMENTS}/{name}").content_string)
              for name in names if name.endswith(".toml")}
-    check_placements([one for one in place(fleet) if one.host == target.host], found)
+    check_placements([one for one in place(fleet) if one.host == target.host], found,
+                     undealt=target.host in [host.name for host in undealt(fleet)])
 
 
 @pytest.mark.of("host", "gets the bundle's Release file from the gateway, with a good signature")

@@ -15,6 +15,8 @@ from command import opsctl, refused, succeeds
 from conftest import NAME, LabFleet
 
 from opsctl.engines.events import discard
+from opsctl.errors import ExitCode
+from opsctl.fleet import gpu_lock
 from opsctl.fleet.inventory import read_fleet
 from opsctl.lab import inbox, laboratory, layers, state
 from opsctl.lab.load import Load, target
@@ -94,6 +96,26 @@ def test_all_is_well_and_nvidia_smi_says_the_same(gpus: LabFleet) -> None:
         assert [row.split(", ")[0] for row in rows] == [one["uuid"] for one in seen]
         assert all(model in row and row.endswith("580.126.09") for row in rows)
         assert {one["instance"] for one in seen} == {"chat.0"}
+
+
+def test_gpus_are_written_down_once_and_then_missed_by_name(gpus: LabFleet) -> None:
+    file = gpus.inventory.with_name(gpu_lock.NAME)
+    text = file.read_text()
+    seen = {host: [one["uuid"] for one in gpu_state(gpus, host)["devices"]] for host in ("gpu-1", "gpu-2")}
+    assert {host: [gpu.uuid for gpu in found] for host, found in gpu_lock.read(text, file).items()} == seen
+    for host, uuids in seen.items():
+        assert ", ".join(f'"{uuid}"' for uuid in uuids) in sh(gpus, host, "cat /etc/opsctl/instances/chat.0.toml")
+    file.unlink()
+    succeeds("provision", inventory=gpus.inventory)
+    assert file.read_text() == text
+    file.write_text(text.replace(seen["gpu-1"][0], "GPU-of-another-card"))
+    failed = opsctl("provision", inventory=gpus.inventory)
+    assert failed.returncode == ExitCode.MIXED, failed.stdout + failed.stderr
+    assert "1 of the 2 GPUs" in failed.stderr
+    assert "GPU-of-another-card" in failed.stderr
+    taken = succeeds("gpus", "accept", "gpu-1", "--yes", inventory=gpus.inventory)
+    assert "- GPU-of-another-card" in taken.stderr
+    assert file.read_text() == text
 
 
 def test_a_hot_gpu_and_an_idle_one_reach_whoever_is_on_call(gpus: LabFleet) -> None:

@@ -181,13 +181,16 @@ def test_missing_file_is_named(file: str, tmp_path: Path) -> None:
     assert "opsctl init" in caught.value.hint
 
 
-def test_gpus_that_are_not_there_are_an_error(tmp_path: Path) -> None:
+def test_the_gpus_file_beside_the_inventory_is_read(tmp_path: Path) -> None:
     shutil.copy(FIXTURES / "inventory.ini", tmp_path)
     text = (FIXTURES / "services.yml").read_text(encoding="utf-8")
     (tmp_path / "services.yml").write_text(text + "  gpus_per_instance: 1\n", encoding="utf-8")
+    (tmp_path / "gpus.yml").write_text('gpu-1:\n  GPU-a: "00000000:17:00.0 NVIDIA H200"\n', encoding="utf-8")
     fleet = read_fleet(tmp_path / "inventory.ini")
+    assert fleet.host("gpu-1").gpus == ("GPU-a",)
+    assert fleet.host("gpu-2").gpus is None
+    assert place(fleet)[0].gpus == ("GPU-a",)
+    (tmp_path / "gpus.yml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigurationError) as caught:
-        place(fleet)
-    assert caught.value.code == "services.too_few_gpus"
-    assert "chat.0" in caught.value.message
-    assert "gpu-1" in caught.value.message
+        read_fleet(tmp_path / "inventory.ini")
+    assert caught.value.code == "gpus.not_yaml"
