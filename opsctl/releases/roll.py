@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from opsctl.engines.events import Emit, Note, PhaseStarted, Progress, TaskResult, TaskStarted, one_at_a_time
+from opsctl.engines.events import Emit, Note, PhaseStarted, TaskResult, TaskStarted, one_at_a_time
 from opsctl.engines.pyinfra import Order, Worker, carry_out
 from opsctl.engines.session import Session, on_each
 from opsctl.errors import (
@@ -28,23 +28,19 @@ from opsctl.errors import (
     RefusedError,
     RolledBackError,
 )
-from opsctl.fleet.model import Fleet, Host, Service
+from opsctl.fleet.model import Fleet, Service
 from opsctl.fleet.placements import place
 from opsctl.releases import rollout as rollouts
-from opsctl.releases.balancers import Balancers, balancers
+from opsctl.releases import rotation as rotation_of
+from opsctl.releases.balancers import balancers
 from opsctl.releases.plan import Step, serves
 from opsctl.releases.remote import ask
 from opsctl.releases.rollout import Begin, End, Rollout, State
+from opsctl.releases.rotation import LOST, AdriftError, Rotation, Ways
 from opsctl.releases.watch import OUT_OF_REACH, watch
 from opsctl.runs.journal import nothing
 
-LEASE_S = 90.0  # of a drain; longer than a connection needs to notice that it is dead and to be made anew
-RENEW_S = 20.0
-LOOK_S = 2.0  # one question waits this long for the answer it would like
-HEARD_S = 10.0  # the agent is asked twice a second; a balancer that still sends after this has not heard it
-ROTATION_S = 30.0  # two good checks a second apart, after the agent said up
 FAREWELL_S = 10.0  # for draining instances to come back after Ctrl-C
-LOST = ("lock.lost", "run.diverged")  # the run is somebody else's now: not even our own drain is touched any more
 
 
 @dataclass(frozen=True)
@@ -60,16 +56,10 @@ class Settings:
     about_to: Callable[[], None] = nothing  # before moves begin: so too, and the journal is safe when it returns
 
 
-class AdriftError(PausedError):
-    """A cutover was ordered and it is not known how it ended, or it ended well and nobody sends requests."""
-
-
 @dataclass
-class Timing:
-    """Seconds of one instance's last move, and what its gate measured."""
+class Timing(rotation_of.Timing):
+    """And what its gate measured."""
 
-    drain_s: float | None = None
-    out_of_rotation_s: float | None = None
     result: Mapping[str, Any] = field(default_factory=dict)
 
     def as_document(self) -> dict[str, Any]:
@@ -244,14 +234,11 @@ class _Mover:
         self._emit = emit
         self._stop = stop
         self._timing = timing
-        self._clock = clock
-        self._owner = f"run:{settings.run}"
-        self._host: Host = fleet.host(step.host)
-        self._session = Session(fleet, self._host)
-        self._balancers: Balancers = balancers(fleet, settings.without)
-        self._in_balancers = settings.via_lb or fleet.load_balancer == "hook"
+        self._session = Session(fleet, step.host)
+        ways = Ways(settings.run, settings.drain_timeout_s, f"change to {_version(step.next)}", settings.via_lb,
+                    settings.without, settings.check)
+        self._rotation = Rotation(fleet, step.host, step.instance, ways, self._ask, emit, stop, timing, clock)
         self._worker = Worker()
-        self._out_since: float | None = None
 
     def __enter__(self) -> _Mover:
         return self
@@ -259,7 +246,7 @@ class _Mover:
     def __exit__(self, *_: object) -> None:
         self._worker.close()
         self._session.close()
-        self._balancers.close()
+        self._rotation.close()
 
     def move(self, *, back: bool) -> None:
         """To the step's next release, or back.
@@ -269,17 +256,17 @@ class _Mover:
             MixedError: and could not undo it.
             PausedError: it could not be begun, was not conclusive, or is not known from here.
         """
-        step = self._step
+        step, rotation = self._step, self._rotation
         release, origin = (step.back, step.next) if back else (step.next, step.now)
         self._emit(TaskStarted(f"{step.instance}: {'back ' if back else ''}to {_version(release)}", step.host))
         self._worker.prepare()  # its imports are done by the time that the instance is drained
-        instance = self._state()
-        claimed = self._balancers.claimed(step.name)
+        instance = rotation.state()
+        claimed = rotation.claimed()
         if instance["unit"] == "active":  # an engine that hangs is drained too: requests may be waiting in it
-            self._heard(instance)
-            self._drain()
+            rotation.heard(instance)
+            rotation.drain()
         if self._stop.is_set():
-            self._undrain()
+            rotation.undrain()
             raise PausedError("interrupted", f"{step.name} was drained; it is back in service.",
                               hint="the same command again continues")
         try:
@@ -287,17 +274,17 @@ class _Mover:
         except (RefusedError, LockedError, ConfigurationError) as error:
             if error.code in LOST:
                 raise
-            self._undrain()
+            rotation.undrain()
             raise PausedError(error.code, error.message, hint=error.hint, log_tail=error.log_tail) from error
         except (RolledBackError, PausedError) as error:
             if not isinstance(error, AdriftError):  # the old release serves again; the budget counts it when it does
-                self._undrain()
+                rotation.undrain()
                 with contextlib.suppress(OpsctlError):  # the one being raised is the one to hear
-                    self._in_rotation(claimed, expected=False)
+                    rotation.in_rotation(claimed, expected=False)
             raise
-        self._undrain()  # the cutover has done it; one that was begun by another run knows only that one's drain
+        rotation.undrain()  # the cutover has done it; one that was begun by another run knows only that one's drain
         try:
-            self._in_rotation(claimed, expected=True)
+            rotation.in_rotation(claimed, expected=True)
         except AdriftError:
             raise
         except OpsctlError as error:
@@ -309,103 +296,13 @@ class _Mover:
                               "changed", took))
 
     def _ask(self, verb: Sequence[str]) -> dict[str, Any]:
-        return ask(self._session, verb, host=self._host.name)
-
-    def _state(self) -> dict[str, Any]:
-        state = self._ask(["state", "--json"])
-        for instance in state["instances"]:
-            if instance["instance"] == self._step.instance:
-                found: dict[str, Any] = instance
-                return found
-        raise PausedError("instance.unknown", f"{self._host.name} does not know {self._step.instance}.",
-                          hint="opsctl provision places it")
-
-    def _heard(self, instance: Mapping[str, Any]) -> None:
-        """A drain is heard through the agent: one that does not answer is noticed before anything is done."""
-        if not self._settings.via_lb and not instance.get("voice"):
-            raise PausedError(
-                "agent.silent", f"{self._host.name}: opsctl-agent does not answer, so no load balancer would hear of a "
-                f"drain of {self._step.instance}; it was not touched.",
-                hint=f"systemctl status opsctl-agent on {self._host.name}; or --via-lb drains in HAProxy itself")
-
-    def _drain(self) -> None:
-        """Until every load balancer sends nothing more and has nothing open, and the engine says the same."""
-        step, began = self._step, self._clock()
-        self._renew()
-        self._out_since = began
-        renewed = began
-        try:
-            if self._in_balancers:
-                self._balancers.drain(step.name)
-            while True:
-                sessions, sending = self._balancers.open_sessions(step.name, LOOK_S)
-                engine = self._ask(["idle", step.instance, "--wait-s", f"{LOOK_S if not sessions else 0:g}"])
-                now = self._clock()
-                if not sessions and not sending and engine["idle"]:
-                    self._timing.drain_s = round(now - began, 1)
-                    self._renew()  # the cutover's own record holds it from its first act on
-                    return
-                self._emit(Progress(f"{step.instance}: draining, requests in flight",
-                                    max(sessions, (engine["running"] or 0) + (engine["waiting"] or 0)), 0, "items",
-                                    host=step.host))
-                self._patience(now - began, sessions, sending, engine)
-                if now - renewed > RENEW_S:
-                    self._renew()
-                    renewed = now
-        except BaseException:
-            self._undrain()
-            self._out_since = None
-            raise
-
-    def _patience(self, waited_s: float, sessions: int, sending: Sequence[str], engine: Mapping[str, Any]) -> None:
-        """Raises PausedError when it is time to give up: told to stop, not heard, or past the deadline."""
-        step = self._step
-        if self._stop.is_set():
-            raise PausedError("interrupted", f"{step.name} was draining; it is back in service.",
-                              hint="the same command again continues")
-        if sending and waited_s > HEARD_S:
-            raise PausedError("drain.not_heard", f"{', '.join(sending)} went on sending requests to {step.name} "
-                              f"{waited_s:.0f} s after it was drained; it is back in service.",
-                              hint=f"can the load balancer reach the agent of {step.host} (TCP 9777)? "
-                                   "--via-lb drains in HAProxy itself")
-        if waited_s > self._settings.drain_timeout_s:
-            running, waiting = engine["running"], engine["waiting"]
-            said = f"{running} requests running and {waiting} waiting" if running is not None else "no answer"
-            raise PausedError(
-                "drain.deadline", f"{step.name} was not empty after {self._settings.drain_timeout_s:.0f} s: the engine "
-                f"says {said}, the load balancers have {sessions} open; it is back in service.",
-                hint=f"opsctl status shows it; journalctl -u inference@{step.instance} on {step.host}; drain_timeout_s "
-                     "in services.yml or --drain-timeout waits longer")
-
-    def _renew(self) -> None:
-        self._settings.check()
-        self._ask(["drain", self._step.instance, "--owner", self._owner, "--for-s", f"{LEASE_S:g}", "--reason",
-                   f"change to {_version(self._step.next)}"])
-
-    def _undrain(self) -> None:
-        """Ends this run's drain and no other. Best effort: the lease ends by itself, and the first error counts."""
-        weight = 0
-        try:
-            self._settings.check()
-            weight = int(self._ask(["undrain", self._step.instance, "--owner", self._owner])["weight"])
-        except OpsctlError as error:
-            self._emit(Note(f"{self._step.instance} could not be undrained ({error.message}); its drain ends by itself "
-                            f"within {LEASE_S:.0f} s", "warning", self._step.host))
-            if error.code in LOST:
-                return
-        if not self._in_balancers or (self._fleet.load_balancer == "hook" and weight == 0):
-            return  # a hook cannot tell our drain from another one's: as long as one counts it stays out
-        try:
-            self._balancers.undrain(self._step.name)
-        except OpsctlError as error:
-            self._emit(Note(f"{self._step.name} is still drained in the load balancer: {error.message}", "warning",
-                            self._step.host))
+        return ask(self._session, verb, host=self._step.host)
 
     def _cut_over(self, release: str, origin: str, *, back: bool) -> None:
         step = self._step
         order = Order(step.host, "cutover", {
-            "instance": step.instance, "release": release, "from_release": origin or "none", "owner": self._owner,
-            "min_speed_percent": 0 if back else self._settings.min_speed_percent})
+            "instance": step.instance, "release": release, "from_release": origin or "none",
+            "owner": self._rotation.owner, "min_speed_percent": 0 if back else self._settings.min_speed_percent})
         self._settings.check()
         first = next(iter(carry_out(self._fleet, [order], self._emit, worker=self._worker).values()))
         try:
@@ -420,29 +317,6 @@ class _Mover:
             raise AdriftError(error.code, f"{error.message.rstrip('.')}; the cutover of {step.name} finishes or undoes "
                               "itself there.", hint="opsctl status when the host is heard again",
                               log_tail=error.log_tail) from error
-
-    def _in_rotation(self, claimed: Sequence[str], *, expected: bool) -> None:
-        """Waits until every load balancer sends requests; one that somebody else keeps drained is not waited for."""
-        instance = self._state()
-        if int(instance.get("weight", 100)) == 0:
-            self._emit(Note(f"{self._step.instance} stays drained: {self._drained_by()}", "info", self._step.host))
-            return
-        if claimed:
-            self._emit(Note(f"{self._step.instance} stays out: somebody took it out by hand in the load balancer on "
-                            f"{', '.join(claimed)}", "info", self._step.host))
-            return
-        lacking = self._balancers.lacking(self._step.name, ROTATION_S)
-        if not lacking and self._out_since is not None:
-            self._timing.out_of_rotation_s = round(self._clock() - self._out_since, 1)
-        if lacking and expected:
-            raise AdriftError("rotation.missing", f"{self._step.name} serves, but {', '.join(lacking)} sends it no "
-                              f"requests after {ROTATION_S:.0f} s.",
-                              hint="the statistics page of the load balancer (port 8404) says why")
-
-    def _drained_by(self) -> str:
-        drains = [drain for drain in self._ask(["state", "--json"])["drains"]
-                  if drain["instance"] == self._step.instance and drain["weight"] == 0]
-        return ", ".join(f"{drain['owner']}{': ' + drain['reason'] if drain.get('reason') else ''}" for drain in drains)
 
 
 def _version(release: str) -> str:
