@@ -220,6 +220,32 @@ def _unchanged(paths: Paths, order: Order, placement: Placement, serving: str) -
             **{key: last.get(key) for key in ("tokens_per_second", "stop_s", "start_s", "gate_s")}}
 
 
+def accept(paths: Paths, instance: str, tools: Tools) -> dict[str, Any]:
+    """Starts what the instance served, unless it is well, and asks it the gate's questions; speed is not judged.
+
+    Raises:
+        OpsctlError: ``instance.*``, it does not start; ``gate.unhealthy``, ``gate.inconclusive``.
+        RefusedError: ``instance.no_release``: it has never served.
+    """
+    placement = read_placement(paths, instance)
+    release = current_release(paths, placement)
+    if not release:
+        raise RefusedError("instance.no_release", f"{instance} has never served.", hint="opsctl provision starts it")
+    found = startable(paths, placement, release)
+    unit = systemd.show([placement.unit], tools.run)[placement.unit]
+    started = not (unit.active == "active" and probes.is_healthy(placement, found.engine))
+    if started:
+        if unit.busy:
+            _stop(placement.unit, tools)
+        _start_and_wait(placement, found, release, tools)
+    checks = gate.check(_target(placement, found, release), Baseline(), 0, pause=tools.pause).checks
+    verdict = gate.overall(checks)
+    if verdict != "healthy":
+        raise OpsctlError(f"gate.{verdict}", f"{instance}: {gate.wrong(checks)}",
+                          hint=f"journalctl -u {placement.unit}")
+    return {"instance": instance, "release": release, "started": started, "verdict": verdict}
+
+
 def startable(paths: Paths, placement: Placement, release: str) -> Startable:
     """The release in folder ``release``, if it is whole, signed, and its engine built.
 

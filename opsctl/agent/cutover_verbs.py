@@ -34,6 +34,8 @@ def register(verb: AddVerb) -> None:
                audited=False)
     one.add_argument("instance")
     _owner(one)
+    one = verb("accept", _accept, "start what an instance served, unless it is well, and ask it the gate's questions")
+    one.add_argument("instance")
     verb("recover", _recover, "undo cutovers that a power cut left half done; runs at boot", audited=False)
 
 
@@ -119,6 +121,10 @@ def _undo(paths: Paths, arguments: Arguments) -> dict[str, Any]:
         job.close(paths, name, RefusedError("cutover.killed", f"{arguments.instance}: the worker of its cutover was "
                                             "killed before it changed anything.", hint="the same command again"))
     return {"changed": record is not None, "instance": arguments.instance}
+
+
+def _accept(paths: Paths, arguments: Arguments) -> dict[str, Any]:
+    return cutover.accept(paths, read_placement(paths, arguments.instance).instance, Tools())
 
 
 def _recover(paths: Paths, _: Arguments) -> dict[str, Any]:

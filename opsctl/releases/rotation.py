@@ -25,7 +25,6 @@ HEARD_S = 10.0  # the agent is asked twice a second; a balancer that still sends
 ROTATION_S = 30.0  # two good checks a second apart, after the agent said up
 LOST = ("lock.lost", "run.diverged")  # the run is somebody else's now: not even our own drain is touched any more
 
-
 Ask = Callable[[Sequence[str]], dict[str, Any]]
 
 
