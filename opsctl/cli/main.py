@@ -30,6 +30,7 @@ from opsctl.cli import (
     trust,
     undrain,
     update_model,
+    upgrade_driver,
     verify,
 )
 
@@ -66,6 +67,7 @@ app.command("verify")(verify.verify)
 app.command("stage")(stage.stage)
 app.command("update-model")(update_model.update_model)
 app.command("rollback")(rollback.rollback)
+app.command("upgrade-driver")(upgrade_driver.upgrade_driver)
 app.command("drain")(drain.drain)
 app.command("undrain")(undrain.undrain)
 app.command("history")(history.history)

@@ -179,12 +179,12 @@ def _refuse_passwords(name: str, variables: Mapping[str, Any], inventory: Path) 
             user = variables.get("ansible_user", "")
             target = f"{user}@" * bool(user) + str(variables.get("ansible_host", name))
             port = f"-p {variables['ansible_port']} " if "ansible_port" in variables else ""
-            raise ConfigurationError("inventory.password", f"{_where(key, inventory, name)}: {key} is set for {name}; "
-                                     "opsctl logs in by key or agent only.",
+            raise ConfigurationError("inventory.password", f"{place_of(inventory, name, key)}: {key} is set for "
+                                     f"{name}; opsctl logs in by key or agent only.",
                                      hint=f"ssh-copy-id {port}{target}   and remove {key}")
     for key in WEAKENING:
         if key in variables:
-            raise ConfigurationError("inventory.ssh_setting", f"{_where(key, inventory, name)}: {key} of {name} "
+            raise ConfigurationError("inventory.ssh_setting", f"{place_of(inventory, name, key)}: {key} of {name} "
                                      "would leave the one SSH configuration that all of opsctl uses.",
                                      hint="remove it; options of ssh go into ansible_ssh_common_args, jumps into "
                                      "proxy_jump")
@@ -252,10 +252,10 @@ def _common_arguments(name: str, variables: Mapping[str, Any], inventory: Path
 
 def _wrong(name: str, key: str, value: str, inventory: Path, problem: str, hint: str) -> ConfigurationError:
     code = "inventory.loopback" if "reached" in problem else "inventory.bad_value"
-    return ConfigurationError(code, f"{_where(key, inventory, name)}: {key}={value} of {name} {problem}.", hint=hint)
+    return ConfigurationError(code, f"{place_of(inventory, name, key)}: {key}={value} of {name} {problem}.", hint=hint)
 
 
-def _where(key: str, inventory: Path, name: str) -> str:
+def place_of(inventory: Path, name: str, key: str) -> str:
     """``inventory.ini:4``: the host's own line, or the only place where the key is written; else the file's name."""
     own = find_line(inventory, rf"^\s*{re.escape(name)}\s[^#;\n]*\b{re.escape(key)}=")
     if own:

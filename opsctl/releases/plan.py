@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from opsctl.agent import ledger
 from opsctl.agent.ledger import SERVE, Line
@@ -22,6 +22,7 @@ from opsctl.fleet.model import Placement, Service
 WAVES = "1,25%,100%"  # one canary, then a quarter, then the rest
 WAVE = re.compile(r"(?P<count>[1-9]\d*)(?P<percent>%?)")
 
+T = TypeVar("T")
 Action = Literal["move", "nothing"]
 
 
@@ -188,7 +189,7 @@ def in_waves(steps: Sequence[Step], waves: str) -> list[list[Step]]:
     return [idle, *others] if idle else others
 
 
-def split(steps: Sequence[Step], waves: str) -> list[list[Step]]:
+def split(steps: Sequence[T], waves: str) -> list[list[T]]:
     """``steps`` in waves: ``1,25%,100%`` is one, then a quarter of all, then all that are left; the last repeats.
 
     Raises:
@@ -203,7 +204,7 @@ def split(steps: Sequence[Step], waves: str) -> list[list[Step]]:
         count = int(match["count"])
         sizes.append(math.ceil(len(steps) * count / 100) if match["percent"] else count)
     left = list(steps)
-    found: list[list[Step]] = []
+    found: list[list[T]] = []
     while left:
         size = max(1, sizes[min(len(found), len(sizes) - 1)])
         found.append(left[:size])

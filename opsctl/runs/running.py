@@ -32,7 +32,8 @@ from opsctl.runs.locking import LOST, Locks
 
 PROVISION, ROLLBACK, STAGE = "provision", judge.ROLLBACK, judge.STAGE
 WAITS_FOR: Mapping[str, tuple[str, ...]] = {
-    PROVISION: ("dpkg", "ansible", "cutover"), judge.UPDATE: ("ansible", "cutover"), ROLLBACK: ("ansible", "cutover")}
+    PROVISION: ("dpkg", "ansible", "cutover"), judge.UPDATE: ("ansible", "cutover"), ROLLBACK: ("ansible", "cutover"),
+    "upgrade-driver": ("dpkg", "ansible", "cutover")}
 DECLINED = "declined"
 
 

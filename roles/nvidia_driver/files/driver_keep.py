@@ -48,8 +48,8 @@ FIELDS = "${Package}\t${Architecture}\t${Version}\t${db:Status-Want}\t${db:Statu
 APT = ("apt-get", "-y", "-q", "--no-install-recommends", "--allow-downgrades", "--allow-change-held-packages",
        "-o", "APT::Get::Purge=false", "-o", "DPkg::Lock::Timeout=300", "-o", "Dpkg::Options::=--force-confdef",
        "-o", "Dpkg::Options::=--force-confold")
-# No source, no list of a source and no pin: what is installed is what the files bring. Not --no-download: apt then takes
-# local files for such that it should have fetched before, and dies of an internal error (seen on 2.6).
+# No source, no list of a source and no pin: what is installed is what the files bring. Not --no-download: apt then looks for
+# local files in its cache, and dies of an internal error (seen on 2.6).
 OFFLINE = ("-o", "Dir::Etc::sourcelist=/dev/null", "-o", "Dir::Etc::sourceparts=/dev/null",
            "-o", "Dir::State::lists=/var/lib/opsctl/driver/no-lists", "-o", "Dir::Etc::preferences=/dev/null",
            "-o", "Dir::Etc::preferencesparts=/dev/null", "-o", "Dir::Cache::pkgcache=", "-o",
@@ -258,11 +258,9 @@ def check_files(version: str) -> None:
 
 
 def begin(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes down what is about to happen; the same run again only adds to it."""
+    """Writes down what is about to happen; a change that did not end is gone on with."""
     before = read_change()
-    if before and before["run"] != asked["run"] and before["phase"] not in OVER:
-        raise SorryError(f"the change to {before['to']} of {before['run']} is not over: opsctl resume {before['run']}")
-    same = before if before and before["run"] == asked["run"] else None
+    same = before if before and before["phase"] not in OVER else None  # of whichever run: the driver before it counts
     version = same["from"] if same else "".join(versions_of(installed()))
     check_files(version)
     instances = sorted({*asked["instances"], *(same["instances"] if same else [])})

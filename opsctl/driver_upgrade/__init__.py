@@ -1,0 +1,1 @@
+"""``opsctl upgrade-driver``: another driver on hosts that serve, wave by wave. ``verb.py`` is the one to read first."""

@@ -1,0 +1,240 @@
+"""One host while its driver is changed: its instances out of the rotation, stopped, accepted, and back in.
+
+What changes packages is Ansible (``playbooks/driver.yml``) and ``driver-keep`` on the host; this orders what comes
+before and after. For one thread at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+from opsctl.driver_upgrade.plan import Instance, Step
+from opsctl.engines.events import Emit, TaskResult, TaskStarted
+from opsctl.engines.session import Session
+from opsctl.errors import OpsctlError, PausedError
+from opsctl.fleet.model import Fleet
+from opsctl.releases.remote import ask
+from opsctl.releases.rotation import RENEW_S, AdriftError, Rotation, Timing, Ways
+from opsctl.resources import resource
+from opsctl.runs.journal import nothing
+
+KEEP = "/usr/local/lib/opsctl/driver-keep"
+STOP_TIMEOUT_S = 720.0  # TimeoutStopSec of an instance, and a little
+ACCEPT_TIMEOUT_S = 3600.0  # an engine has a start's time of its own, and a large model takes long to load
+SAID_NO = "driver.host_said_no"
+REBOOT_IN_S = 15  # for this process to say how it ended
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the operator decided. ``drain_timeout_s``: None means each service's own."""
+
+    run: str
+    to: str
+    drain_timeout_s: float | None = None
+    via_lb: bool = False
+    without: frozenset[str] = frozenset()  # load balancers that are off, and were said to be
+    check: Callable[[], None] = nothing  # before each order: raises when a lock of the run was lost
+    about_to: Callable[[], None] = nothing  # before hosts are begun: so too, and the journal is safe when it returns
+
+
+class FailedError(OpsctlError):
+    """The new driver is not accepted: the host is to get its old one back."""
+
+
+class HostAtWork:
+    """Its sessions; nothing is asked before the first order."""
+
+    def __init__(self, fleet: Fleet, step: Step, settings: Settings, emit: Emit, stop: threading.Event) -> None:
+        self.step = step
+        self.timings = {instance.instance: Timing() for instance in step.takes}
+        self._settings = settings
+        self._emit = emit
+        self._stop = stop
+        self._session = Session(fleet, step.host)
+        self._rotations = [_Out(fleet, step.host, instance, settings, emit, stop, self.timings[instance.instance])
+                           for instance in step.takes]
+
+    def close(self) -> None:
+        for out in self._rotations:
+            out.close()
+        self._session.close()
+
+    def empty(self) -> None:
+        """All its instances drained, held so, and stopped; from here on the host has a change under way.
+
+        Raises:
+            PausedError: it was given up, and its instances are back in service.
+        """
+        self._emit(TaskStarted(f"to driver {self._settings.to}", self.step.host))
+        begun = False
+        try:
+            self._drain()
+            if self._stop.is_set():
+                raise PausedError("interrupted", f"{self.step.host} was drained; it is back in service.",
+                                  hint="the same command again continues")
+            for out in self._rotations:
+                out.rotation.hold()
+            self._settings.check()
+            try:
+                self.keeper("begin", json.dumps({"run": self._settings.run, "to": self._settings.to, "instances":
+                                                 [instance.instance for instance in self.step.takes]}))
+            except OpsctlError as error:
+                begun = error.code != SAID_NO  # a host that is not heard may have begun
+                raise
+            begun = True
+            if self.step.local:
+                self.keeper("leave")
+            self._stop_units()
+        except OpsctlError as error:
+            if not begun:
+                self._undrain()
+                raise
+            raise AdriftError(error.code, f"{self.step.host} was drained, and then: {error.message}", hint=error.hint,
+                              log_tail=error.log_tail) from error
+        except BaseException:
+            if not begun:
+                self._undrain()
+            raise
+
+    def accept(self, version: str) -> None:
+        """Every layer has this driver, and every instance that was stopped starts and answers.
+
+        Raises:
+            FailedError: one does not.
+            OpsctlError: the host is not heard.
+        """
+        wrong = self.keeper("verify", version)["wrong"]
+        if wrong:
+            raise FailedError("driver.layers", f"{self.step.host}: {'; '.join(wrong)}.")
+        for instance in self.step.takes:
+            self._emit(TaskStarted(f"{instance.instance}: start on driver {version}", self.step.host))
+            self._settings.check()
+            try:
+                ask(self._session, ["accept", instance.instance], host=self.step.host, timeout_s=ACCEPT_TIMEOUT_S)
+            except OpsctlError as error:
+                if error.code.startswith(("instance.", "gate.", "release.")):
+                    raise FailedError(error.code, f"on driver {version}: {error.message}", hint=error.hint,
+                                      log_tail=error.log_tail or self._last_words(instance)) from error
+                raise
+
+    def serve(self, phase: str) -> None:
+        """Back in the rotation of every load balancer; the change is over. ``phase``: ``accepted`` or ``back``.
+
+        Raises:
+            AdriftError: a load balancer sends nothing.
+        """
+        self.keeper("mark", phase)
+        self._undrain()
+        for out in self._rotations:
+            out.rotation.in_rotation(out.claimed, expected=True)
+        self.keeper("done")
+        out_s = max((timing.out_of_rotation_s or 0.0 for timing in self.timings.values()), default=0.0)
+        self._emit(TaskResult(self.step.host, f"driver: {phase}", "changed",
+                              f"out of rotation for {out_s:.1f} s" if out_s else ""))
+
+    def look(self) -> dict[str, Any]:
+        return self.keeper("look")
+
+    def reboot(self) -> None:
+        """This machine, in a moment; the unit that ``leave`` left goes on."""
+        self._run(["systemd-run", f"--on-active={REBOOT_IN_S}s", "--collect", "--quiet", "systemctl", "reboot"])
+
+    def keeper(self, *words: str, timeout_s: float = 120.0) -> dict[str, Any]:
+        """What ``driver-keep`` answers.
+
+        Raises:
+            OpsctlError: it says no, or the host is not heard.
+        """
+        document: dict[str, Any] = json.loads(self._run([KEEP, *words], timeout_s))
+        return document
+
+    def _run(self, argv: Sequence[str], timeout_s: float = 60.0) -> str:
+        done = self._session.run(argv, timeout_s=timeout_s)
+        if done.returncode:
+            lines = done.stderr.splitlines()
+            raise OpsctlError(SAID_NO, f"{self.step.host}: {argv[0].rpartition('/')[2]} {argv[1]}: "
+                              f"{lines[-1] if lines else f'exit status {done.returncode}'}", log_tail=lines[-10:])
+        return done.stdout
+
+    def _drain(self) -> None:
+        """All at once; who is empty keeps its lease until the last one is."""
+        if not self._rotations:
+            return
+        with ThreadPoolExecutor(len(self._rotations), thread_name_prefix="drain") as pool:
+            draining: dict[Future[None], _Out] = {pool.submit(out.drain): out for out in self._rotations}
+            waiting = set(draining)
+            while waiting:
+                done, waiting = wait(waiting, timeout=RENEW_S)
+                errors = [error for future in done if (error := future.exception())]
+                if errors:
+                    self._stop_others(waiting)
+                    raise errors[0]
+                for future in set(draining) - waiting:
+                    draining[future].rotation.renew()
+
+    def _stop_others(self, waiting: set[Future[None]]) -> None:
+        """Theirs end by themselves at the deadline of the service; each undrains itself when it gives up."""
+        for future in waiting:
+            with contextlib.suppress(OpsctlError):
+                future.result()
+
+    def _stop_units(self) -> None:
+        units = [f"inference@{instance.instance}.service" for instance in self.step.takes]
+        if units:
+            self._run(["systemctl", "stop", "--", *units], STOP_TIMEOUT_S)
+
+    def _undrain(self) -> None:
+        for out in self._rotations:
+            out.rotation.undrain()
+
+    def _last_words(self, instance: Instance) -> tuple[str, ...]:
+        done = self._session.run(["journalctl", "--unit", f"inference@{instance.instance}.service", "--lines", "20",
+                                  "--no-pager", "--output", "cat"])
+        return tuple(done.stdout.splitlines())
+
+
+class _Out:
+    """One instance's way out, with connections of its own."""
+
+    def __init__(self, fleet: Fleet, host: str, instance: Instance, settings: Settings, emit: Emit,
+                 stop: threading.Event, timing: Timing) -> None:
+        timeout_s = settings.drain_timeout_s or fleet.service(instance.service).drain_timeout_s
+        ways = Ways(settings.run, timeout_s, f"driver {settings.to}", settings.via_lb, settings.without,
+                    settings.check)
+        self._session = Session(fleet, host)
+        self.rotation = Rotation(fleet, host, instance.instance, ways,
+                                 lambda verb: ask(self._session, verb, host=host), emit, stop, timing)
+        self.claimed: tuple[str, ...] = ()
+
+    def drain(self) -> None:
+        state = self.rotation.state()
+        self.claimed = self.rotation.claimed()
+        if state["unit"] == "active":  # an engine that hangs is drained too: requests may be waiting in it
+            self.rotation.heard(state)
+            self.rotation.drain()
+
+    def close(self) -> None:
+        self.rotation.close()
+        self._session.close()
+
+
+def look_with(session: Session) -> dict[str, Any]:
+    """``driver-keep look`` of a host that may not have it yet.
+
+    Raises:
+        OpsctlError: the host is not heard.
+    """
+    program = (resource("roles") / "nvidia_driver/files/driver_keep.py").read_bytes()
+    done = session.run(["/usr/bin/python3", "-", "look"], stdin=program)
+    if done.returncode:
+        raise OpsctlError("driver.no_look", f"{session.host.name}: its driver could not be looked at.",
+                          log_tail=done.stderr.splitlines()[-10:])
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document
