@@ -142,7 +142,9 @@ def room(steps: Sequence[Step], services: Sequence[Service], serving: Mapping[st
 
 
 def cost(step: Step, serving: Mapping[str, Collection[str]]) -> dict[str, int]:
-    """By service, how many of those that serve now go with a host."""
+    """By service, how many of those that serve now go with a host; none with one that is only told of."""
+    if step.action == "finish":
+        return {}
     mine = [(instance.service, instance.name in serving.get(instance.service, ())) for instance in step.instances]
     return {service: count for service in dict(mine) if (count := mine.count((service, True)))}
 
