@@ -21,7 +21,7 @@ from systemd_kit import Systemd
 from opsctl.agent import cutover as cutover_module
 from opsctl.agent import cutover_verbs, drains, job, passed, unfinished
 from opsctl.agent import host as host_program
-from opsctl.agent.cutover import Order, Tools, cutover, failure, killed, recover, undo_left
+from opsctl.agent.cutover import Order, Tools, accept, cutover, failure, killed, recover, undo_left
 from opsctl.agent.durable import point_symlink, remove_tree
 from opsctl.agent.paths import Paths
 from opsctl.agent.unfinished import Record
@@ -172,6 +172,28 @@ def test_ordered_starts_do_not_count_against_the_limit_of_an_hour(world: World) 
         world.cut()
     verbs = [argv[1] for argv in world.units.orders if argv[0] == "systemctl" and argv[1] != "show"]
     assert verbs == ["stop", "reset-failed", "start", "stop", "reset-failed", "start"]
+
+
+def test_what_served_is_accepted_again(world: World) -> None:
+    """After a change of driver, or a boot: started unless it is well, and asked; its drain and its link stay."""
+    assert not accept(world.paths, "chat.0", world.tools())["started"]
+    assert world.acts() == []
+    world.units(["systemctl", "stop", "--", UNIT])
+    world.units.orders.clear()
+    done = accept(world.paths, "chat.0", world.tools())
+    assert (done["started"], done["verdict"], done["release"]) == (True, "healthy", world.v1)
+    assert world.acts() == ["start"]
+    assert world.owners == [OPERATOR, OWNER]
+    assert world.serves == world.v1
+    world.units(["systemctl", "stop", "--", UNIT])
+    world.dies.add(world.v1)
+    with pytest.raises(OpsctlError, match="ended"):
+        accept(world.paths, "chat.0", world.tools())
+
+
+def test_what_never_served_is_not_accepted(bare: World) -> None:
+    with pytest.raises(RefusedError, match="never served"):
+        accept(bare.paths, "chat.0", bare.tools())
 
 
 def test_the_undo_is_written_before_the_first_act(world: World) -> None:

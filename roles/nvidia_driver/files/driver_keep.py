@@ -48,8 +48,8 @@ FIELDS = "${Package}\t${Architecture}\t${Version}\t${db:Status-Want}\t${db:Statu
 APT = ("apt-get", "-y", "-q", "--no-install-recommends", "--allow-downgrades", "--allow-change-held-packages",
        "-o", "APT::Get::Purge=false", "-o", "DPkg::Lock::Timeout=300", "-o", "Dpkg::Options::=--force-confdef",
        "-o", "Dpkg::Options::=--force-confold")
-# No source, no list of a source and no pin: what is installed is what the files bring. Not --no-download: apt then looks for
-# local files in its cache, and dies of an internal error (seen on 2.6).
+# No source, no list of a source and no pin: what is installed is what the files bring. Not --no-download: apt then
+# looks for local files in its cache, and dies of an internal error (seen on 2.6).
 OFFLINE = ("-o", "Dir::Etc::sourcelist=/dev/null", "-o", "Dir::Etc::sourceparts=/dev/null",
            "-o", "Dir::State::lists=/var/lib/opsctl/driver/no-lists", "-o", "Dir::Etc::preferences=/dev/null",
            "-o", "Dir::Etc::preferencesparts=/dev/null", "-o", "Dir::Cache::pkgcache=", "-o",
