@@ -31,7 +31,7 @@ from opsctl.errors import (
 from opsctl.fleet.model import Fleet, Host, Service
 from opsctl.fleet.placements import place
 from opsctl.releases import rollout as rollouts
-from opsctl.releases.balancers import Balancers, balancers
+from opsctl.releases.balancers import ROTATION_S, Balancers, balancers
 from opsctl.releases.plan import Step, serves
 from opsctl.releases.remote import ask
 from opsctl.releases.rollout import Begin, End, Rollout, State
@@ -42,7 +42,6 @@ LEASE_S = 90.0  # of a drain; longer than a connection needs to notice that it i
 RENEW_S = 20.0
 LOOK_S = 2.0  # one question waits this long for the answer it would like
 HEARD_S = 10.0  # the agent is asked twice a second; a balancer that still sends after this has not heard it
-ROTATION_S = 30.0  # two good checks a second apart, after the agent said up
 FAREWELL_S = 10.0  # for draining instances to come back after Ctrl-C
 LOST = ("lock.lost", "run.diverged")  # the run is somebody else's now: not even our own drain is touched any more
 
