@@ -57,6 +57,15 @@ class TestFacts:
             {"nvidia-driver-cuda": "580.126.09-1+lab", "nvidia-kernel-open-dkms": "half-configured"},
             ["nvidia-driver-cuda", "nvidia-kernel-open-dkms"])
 
+    @pytest.mark.parametrize(("recorded", "is_this_one"), [
+        ("6f1c\n", True), ("07aa\n", False), ("", False), (None, False)])
+    def test_whether_packages_were_changed_in_this_boot(self, tmp_path: Path, recorded: str | None, is_this_one: bool
+                                                        ) -> None:
+        (tmp_path / "boot_id").write_text("6f1c\n")
+        if recorded is not None:
+            (tmp_path / "changed").write_text(recorded)
+        assert self.facts.is_of_this_boot(tmp_path / "changed", tmp_path / "boot_id") is is_this_one
+
     @pytest.mark.parametrize(("text", "version"), [
         (VERSION, "580.126.09"),
         ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.309.01  Mon Aug 3\n", "535.309.01"),
@@ -157,10 +166,13 @@ class TestTransaction:
             (tmp_path / name).write_text(f"#!/bin/sh\necho {name} \"$@\" >> {tmp_path}/log\n{body}\n")
             (tmp_path / name).chmod(0o755)
         asked = {"transactions": [DRIVER], "hold": ["nvidia-driver-cuda"], "load": ""}
-        done = subprocess.run([sys.executable, FILES / "driver_transaction.py", json.dumps(asked)], text=True,
+        text = (FILES / "driver_transaction.py").read_text().replace("/var/lib/opsctl", f"{tmp_path}/opsctl")
+        (tmp_path / "program.py").write_text(text)
+        done = subprocess.run([sys.executable, tmp_path / "program.py", json.dumps(asked)], text=True,
                               capture_output=True, check=False, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
         assert done.returncode == status
         assert said in done.stdout
+        assert (tmp_path / "opsctl/driver-changed").exists() is ("apt-get -y" in called), "a refusal changes nothing"
         assert [" ".join(line.split()[:2]) for line in (tmp_path / "log").read_text().splitlines()] == called
 
 

@@ -24,6 +24,8 @@ DRIVER_PACKAGES = ("nvidia-*", "libnvidia-*", "libcuda1", "libcudadebugger1", "l
 FIELDS = "${Package}\t${Version}\t${db:Status-Want}\t${db:Status-Status}\n"
 LOCKS = ("/var/lib/dpkg/lock-frontend", "/var/lib/dpkg/lock")
 OUR_UNIT = "opsctl-driver.service"
+CHANGED = Path("/var/lib/opsctl/driver-changed")  # driver_transaction.py writes it: the boot of the last change
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, pid
 
 
@@ -57,6 +59,11 @@ def loaded_version(text: str) -> str:
     """The driver's version in /proc/driver/nvidia/version; empty when there is none."""
     found = re.search(r"^NVRM version:.*?\b(\d{3,4}\.\d+(?:\.\d+)?)\b", text, re.MULTILINE)
     return found[1] if found else ""
+
+
+def is_of_this_boot(changed: Path, boot_id: Path) -> bool:
+    """Whether the driver's packages were changed since the machine booted: no reboot was tried with them yet."""
+    return changed.exists() and changed.read_text() == boot_id.read_text()
 
 
 def dpkg_holder() -> str:
@@ -98,11 +105,12 @@ def main() -> None:
     version = Path("/proc/driver/nvidia/version")
     serving = said(["systemctl", "list-units", "--plain", "--no-legend", "--no-pager",
                     "--state=active,activating,reloading,deactivating", "inference@*.service"])
-    found = {"seen": {
+    found: dict[str, object] = {"seen": {
         "gpus": gpus, "switches": switches, "installed": installed, "held": held,
         "loaded": loaded_version(version.read_text()) if version.exists() else "",
         "serving": [line.split()[0] for line in serving.splitlines() if line.split()],
-        "dpkg": dpkg_holder(), "kernel": kernel, "headers": Path(f"/lib/modules/{kernel}/build").exists()}}
+        "dpkg": dpkg_holder(), "kernel": kernel, "headers": Path(f"/lib/modules/{kernel}/build").exists()},
+        "changed_in_this_boot": is_of_this_boot(CHANGED, BOOT_ID)}
     if sys.argv[1:] == ["upstream"]:
         found["index_text"] = sources_have(kernel)
     json.dump(found, sys.stdout)

@@ -28,6 +28,10 @@ MODULES = ("nvidia_peermem", "nvidia_uvm", "nvidia_drm", "nvidia_modeset", "nvid
 USERS = ("opsctl-agent.service", "nvidia-dcgm.service", "dcgm-exporter.service", "nvidia-fabricmanager.service",
          "nvidia-persistenced.service")
 LOADED = Path("/proc/driver/nvidia/version")
+# In which boot the packages were last changed: the next run sees by it whether the machine was rebooted with them. Not
+# fsynced, because what a power cut takes from it was of another boot in any case.
+CHANGED = Path("/var/lib/opsctl/driver-changed")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 KERNEL_MODULES = Path("/proc/modules")  # a kernel without modules, as some labs have, has no such file
 
 
@@ -114,6 +118,8 @@ def main() -> int:
             if why:
                 say(f"{transaction['what']}: {why}")
                 return 1
+            CHANGED.parent.mkdir(parents=True, exist_ok=True)
+            CHANGED.write_text(BOOT_ID.read_text())
             run(argv)
         if wanted["hold"]:
             run(["apt-mark", "hold", *wanted["hold"]])
