@@ -38,9 +38,9 @@ class Architecture:
 class Gpu:
     """``fabric``: what a board with it needs besides the driver: nothing, the fabric manager, or that and nvlsm.
 
-    ``subsystems`` tell products apart that share a device id; ``official`` is how NVIDIA's list calls it; ``capability``
-    is empty and ``memory_mib`` 0 where they are not written down; ``kind``: geforce, workstation, datacentre, soc;
-    ``cpu``: arm64 where it comes with one.
+    ``subsystems`` tell products apart that share a device id; ``official`` is how NVIDIA's list calls it.
+    ``capability`` is empty and ``memory_mib`` 0 where they are not written down; ``kind``: geforce, workstation,
+    datacentre, soc; ``cpu``: arm64 where it comes with one.
     """
 
     device_id: str
