@@ -25,6 +25,7 @@ from opsctl.cli import (
     resume,
     rollback,
     runs,
+    stack,
     stage,
     status,
     trust,
@@ -63,6 +64,7 @@ app.command("plan")(plan.plan)
 app.command("provision")(provision.provision)
 app.command("status")(status.status)
 app.command("verify")(verify.verify)
+app.add_typer(stack.app, name="stack")
 app.command("stage")(stage.stage)
 app.command("update-model")(update_model.update_model)
 app.command("rollback")(rollback.rollback)

@@ -83,6 +83,13 @@ def no_compatibility(question: Question, candidate: Candidate) -> Addition:
     return Addition(absent=gone, reasons=(f"cuda-compat must not be on a host with {geforce.name}: CUDA answers 804",))
 
 
+def distribution_of_engine(question: Question, candidate: Candidate) -> Addition:
+    system = question.system
+    has = f"Python {system.python} and glibc {system.glibc} of {system.name}"
+    return Addition(reasons=tuple(f"{engine} runs with {has}" for engine in question.engines
+                                  if engine.line.first_python))
+
+
 def fabric_manager(question: Question, candidate: Candidate) -> Addition:
     """As the role nvidia_driver decides it: by what is seen or by the GPUs, unless the inventory says it."""
     wish = Wish("", candidate.version, fabric_manager=question.fabric_manager)
@@ -128,6 +135,7 @@ ADDING: Sequence[Rule] = (
     Rule("driver's packages", adds=driver),
     Rule("branch that was chosen", adds=branch_that_was_chosen),
     Rule("CUDA that was chosen", adds=cuda_that_was_chosen),
+    Rule("the engine's distribution", adds=distribution_of_engine),
     Rule("cuda-compat", adds=forward_compatibility),
     Rule("cuda-compat goes from GeForce", adds=no_compatibility),
     Rule("fabric manager", adds=fabric_manager),

@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from itertools import islice, product
 
 from opsctl.errors import UsageError
@@ -78,7 +79,8 @@ def boards_called(count: int, name: str, known: Knowledge) -> Boards:
     """
     meanings = meanings_of(name, known)
     if not meanings:
-        spelled = {_plain(one): one for gpu in known.products for one in (*gpu.official, gpu.name)}
+        spelled = {re.sub("^(geforce|tesla) ", "", _plain(one)): one
+                   for gpu in known.products for one in (*gpu.official, gpu.name)}
         near = [spelled[one] for one in difflib.get_close_matches(_plain(name), sorted(spelled), 3, 0.4)]
         raise Unknown("stack.unknown_gpu", f"{name} is no GPU of the catalogue",
                       f"near it: {', '.join(near)}" if near else "H200, L40S, RTX 4090 and the like are")
@@ -147,7 +149,7 @@ def engine_called(requirement: str, known: Knowledge) -> Engine:
     return Engine(name, version, line)
 
 
-def answer(request: Request, known: Knowledge, today: object, rules: Sequence[Rule] = RULES) -> Answer:
+def answer(request: Request, known: Knowledge, today: date, rules: Sequence[Rule] = RULES) -> Answer:
     """The answer to a request. ``today`` is a date: branches end."""
     models = tuple(f"{board.count} x {board.name}" for board in request.boards)
     try:
@@ -155,7 +157,7 @@ def answer(request: Request, known: Knowledge, today: object, rules: Sequence[Ru
         engines = tuple(engine_called(one, known) for one in dict.fromkeys(request.engines))
     except Unknown as unknown:
         return refused(unknown, models, request)
-    question = Question((), system, known, today, engines, request.cuda, request.policy, request.driver,  # type: ignore[arg-type]
+    question = Question((), system, known, today, engines, request.cuda, request.policy, request.driver,
                         request.flavour, request.fabric_manager, request.switches)
     chosen = product(*(_that_decide(board.meanings) for board in request.boards))
     questions = [replace(question, boards=tuple(Board(board.count, gpu) for board, gpu in
@@ -203,7 +205,9 @@ def _told(one: Answer) -> str:
 
 
 def _plain(name: str) -> str:
-    return " ".join(re.sub(r"[-_()/]", " ", name.lower()).removeprefix("nvidia ").split())
+    """``NVIDIA A100-SXM4-80GB`` as ``a100 sxm4 80gb``, ``RTX4090`` as ``rtx 4090``."""
+    words = re.sub(r"[-_()/]", " ", name.lower()).removeprefix("nvidia ")
+    return " ".join(re.sub(r"\b(rtx|gtx)(?=\d)", r"\1 ", words).split())
 
 
 def _lines_near(version: str, firsts: Sequence[str], lasts: Sequence[str]) -> str:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import date
-from typing import Any, Literal
+from typing import Any
 
 from opsctl.stack.catalogue import Gpu
 from opsctl.stack.fit import Flavour
 from opsctl.stack.knowledge import Branch, EngineLine, Knowledge, System
 
 SCHEMA = "opsctl.stack/v1"
-Policy = Literal["long", "new"]
-POLICIES: tuple[Policy, ...] = ("long", "new")
+POLICIES = ("long", "new")  # the branch that gets fixes longest; the newest one
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Question:
     today: date
     engines: tuple[Engine, ...] = ()
     cuda: str = ""
-    policy: Policy = "long"
+    policy: str = POLICIES[0]
     driver: str = ""
     flavour: str = ""
     fabric_manager: str = "auto"

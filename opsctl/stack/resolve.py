@@ -8,15 +8,15 @@ set of facts that excludes all is the clash, and the nearest question that has a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import reduce
 from itertools import combinations, product
 from operator import or_
 
 from opsctl.stack.additions import ADDING
+from opsctl.stack.fit import FLAVOURS
 from opsctl.stack.knowledge import Branch
 from opsctl.stack.nearby import neighbours
-from opsctl.stack.question import Addition, Answer, Candidate, Question, Stack
+from opsctl.stack.question import Answer, Candidate, Question, Stack
 from opsctl.stack.rules import NONE, REFUSING, Facts, Rule
 from opsctl.stack.versions import is_driver_version, order_of
 
@@ -42,10 +42,10 @@ def candidates(question: Question, rules: Sequence[Rule]) -> list[Candidate]:
     """Every stack that might do, with the CUDA releases that the question leaves."""
     cudas = _narrowed(question, rules)[0]
     found = []
-    for branch, module, cuda in product(question.known.branches, ("open", "proprietary"), cudas):
+    for branch, module, cuda in product(question.known.branches, FLAVOURS, cudas):
         version = version_of(question, branch)
         if version:
-            found.append(Candidate(branch, version, module, cuda, _compat(question, branch, version, cuda)))  # type: ignore[arg-type]
+            found.append(Candidate(branch, version, module, cuda, _compat(question, branch, version, cuda)))
     return found
 
 
@@ -101,18 +101,15 @@ def _rank(question: Question, one: Candidate) -> tuple[object, ...]:
 
 
 def _chosen(question: Question, one: Candidate, rules: Sequence[Rule]) -> Answer:
-    all_of = [rule.adds(question, one) for rule in rules]
-    added = Addition(**{field.name: _joined(field.name, all_of) for field in fields(Addition)})  # type: ignore[arg-type]
-    stack = Stack(one.branch.number, one.version, one.module, one.cuda, added.fabric_manager, added.packages, added.own,
-                  added.absent, added.load)
-    return Answer(_models(question), question.system.key, question.policy, question.engines, stack, added.reasons,
-                  added.cautions)
+    added = [rule.adds(question, one) for rule in rules]
 
+    def all_of(name: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(part for addition in added for part in getattr(addition, name)))
 
-def _joined(name: str, additions: Sequence[Addition]) -> object:
-    if name == "fabric_manager":
-        return any(one.fabric_manager for one in additions)
-    return tuple(dict.fromkeys(part for one in additions for part in getattr(one, name)))
+    stack = Stack(one.branch.number, one.version, one.module, one.cuda, any(one.fabric_manager for one in added),
+                  all_of("packages"), all_of("own"), all_of("absent"), all_of("load"))
+    return Answer(_models(question), question.system.key, question.policy, question.engines, stack, all_of("reasons"),
+                  all_of("cautions"))
 
 
 def _nearest(question: Question, rules: Sequence[Rule]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def asked(case: Case, rules: Sequence[Rule] = RULES, known: Knowledge | None = N
         boards = tuple(boards_called(*split_board(one), known) for one in case["gpus"].split(" + "))
     except Unknown as unknown:
         return refused(unknown, (), request)
-    return answer(Request(boards, *list(vars(request).values())[1:]), known, date.fromisoformat(case["today"]), rules)
+    return answer(replace(request, boards=boards), known, date.fromisoformat(case["today"]), rules)
 
 
 def differences(case: Case, got: Answer) -> list[str]:

@@ -1,0 +1,146 @@
+"""Asks GPU hosts what they have, and releases what they need, and puts both to the resolver; decides nothing.
+
+What a host has of GPUs is read by the role's own program, ``roles/nvidia_driver/files/driver_facts.py``, sent to its
+Python: there may be neither a driver nor an agent yet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+from opsctl.engines.session import Session, on_each
+from opsctl.errors import ConfigurationError, OpsctlError, RefusedError
+from opsctl.fleet.gpus import FABRIC_MANAGER, FLAVOUR, VERSION
+from opsctl.fleet.model import Fleet, Host, Service
+from opsctl.releases.listing import Listed, list_releases
+from opsctl.resources import resource
+from opsctl.stack.knowledge import Knowledge
+from opsctl.stack.lock import FILE, Entry, HostFacts, Lock, entry_of, read
+from opsctl.stack.naming import Request, Unknown, answer, boards_seen, refused
+from opsctl.stack.question import Answer
+
+TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What the operator typed, for every host; empty: the inventory and the releases say it."""
+
+    engines: tuple[str, ...] = ()
+    cuda: str = ""
+    policy: str = "long"
+    driver: str = ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A host's facts and the answer for it."""
+
+    facts: HostFacts
+    answer: Answer
+
+
+def ask_hosts(fleet: Fleet, hosts: Sequence[Host]) -> dict[str, HostFacts | OpsctlError]:
+    """PCI device ids, NVSwitches and distribution of each host, without its engines."""
+    return on_each(fleet, hosts, look)
+
+
+def look(session: Session) -> HostFacts:
+    """What one host has.
+
+    Raises:
+        RefusedError: ``stack.no_facts``: it cannot say; and what the session raises.
+    """
+    host = session.host.name
+    program = resource("roles") / "nvidia_driver" / "files" / "driver_facts.py"
+    said = session.run(["python3", "-"], stdin=program.read_bytes(), timeout_s=TIMEOUT_S)
+    release = session.run(["cat", "/etc/os-release"], sudo=False, timeout_s=TIMEOUT_S)
+    if said.returncode or release.returncode:
+        failed = said if said.returncode else release
+        raise RefusedError("stack.no_facts", f"{host} cannot say what it has: exit code {failed.returncode}.",
+                           hint="it needs python3 and /etc/os-release", log_tail=failed.stderr.splitlines()[-5:])
+    seen = json.loads(said.stdout)["seen"]
+    return HostFacts(tuple(seen["gpus"]), system_in(release.stdout), (), int(seen["switches"]))
+
+
+def system_in(text: str) -> str:
+    """``debian12``, ``ubuntu24.04`` from ``/etc/os-release``."""
+    values = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    return "".join(values.get(key, "").strip().strip("\"'") for key in ("ID", "VERSION_ID"))
+
+
+def engines_of(fleet: Fleet, hosts: Sequence[Host]) -> tuple[dict[str, tuple[str, ...]], str]:
+    """The engines that each host's services need, by their ledgers, and why the gateway was silent, if it was."""
+    services = [service for service in fleet.services if service.gpus_per_instance]
+    listed = list_releases(fleet, [service.name for service in services], fleet.directory / "bundle")
+    pinned = {service.name: engine_in(listed, service) for service in services}
+    return {host.name: tuple(dict.fromkeys(pinned[service.name] for service in services
+                                           if service.group in host.groups and pinned[service.name]))
+            for host in hosts}, listed.silence
+
+
+def engine_in(listed: Listed, service: Service) -> str:
+    """``vllm==0.33.0``: what the release is pinned to that the ledger, or else ``first_release``, wants; or empty."""
+    mine = [row for row in listed.releases if row["service"] == service.name]
+    wanted = [row for row in mine if row["now"]] or [row for row in mine if row["version"] == service.first_release]
+    if not wanted:
+        return ""
+    name, _, version = str(wanted[0]["engine"]).rpartition("-")[0].partition("-")
+    return f"{name}=={version}"
+
+
+def request_of(host: Host, facts: HostFacts, typed: Overrides) -> Request:
+    """The question of a host: what it has, what its inventory wishes, what was typed.
+
+    Raises:
+        Unknown: a GPU of it.
+    """
+    variables = host.variables
+    return Request(boards_seen(facts.gpus), facts.os, typed.engines or facts.engines, typed.cuda, typed.policy,
+                   typed.driver or str(variables.get(VERSION) or ""), str(variables.get(FLAVOUR) or ""),
+                   str(variables.get(FABRIC_MANAGER) or "auto"), facts.switches)
+
+
+def answers(hosts: Sequence[Host], facts: Mapping[str, HostFacts], typed: Overrides, known: Knowledge, today: date
+            ) -> dict[str, Found]:
+    """The answer for every host that has GPUs. Pure."""
+    found = {}
+    for host in hosts:
+        mine = facts.get(host.name)
+        if mine is None or not mine.gpus:
+            continue
+        mine = replace(mine, engines=typed.engines or mine.engines)
+        try:
+            found[host.name] = Found(mine, answer(request_of(host, mine, typed), known, today))
+        except Unknown as unknown:
+            found[host.name] = Found(mine, refused(unknown, (), Request((), mine.os)))
+    return found
+
+
+def lock_of(fleet: Fleet, found: Mapping[str, Found], before: Lock | None) -> Lock:
+    """The new lock: these hosts anew, the others of the inventory as they were. Pure."""
+    there = {host.name for host in fleet.group("gpu")}
+    kept: dict[str, Entry] = {name: entry for name, entry in (before.hosts if before else {}).items() if name in there}
+    return Lock(kept | {name: entry_of(one.answer, one.facts.gpus) for name, one in found.items() if one.answer.stack})
+
+
+def lock_path(fleet: Fleet) -> Path:
+    return fleet.directory / FILE
+
+
+def read_lock(path: Path) -> Lock | None:
+    """The lock beside an inventory; None when there is none.
+
+    Raises:
+        ConfigurationError: it is wrong; file and line are named.
+    """
+    try:
+        return read(path.read_text(encoding="utf-8"), path)
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError:
+        raise ConfigurationError("stack_lock.not_yaml", f"{path} is not UTF-8.", hint="save it as UTF-8 text") from None
