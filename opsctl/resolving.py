@@ -121,9 +121,12 @@ def answers(hosts: Sequence[Host], facts: Mapping[str, HostFacts], typed: Overri
     return found
 
 
-def lock_of(fleet: Fleet, found: Mapping[str, Found], before: Lock | None) -> Lock:
-    """The new lock: these hosts anew, the others of the inventory as they were. Pure."""
-    there = {host.name for host in fleet.group("gpu")}
+def lock_of(fleet: Fleet, facts: Mapping[str, HostFacts], found: Mapping[str, Found], before: Lock | None) -> Lock:
+    """The new lock: hosts that have an answer anew, the others of the inventory as they were. Pure.
+
+    Who was asked and has no GPU any more goes.
+    """
+    there = {host.name for host in fleet.group("gpu")} - (set(facts) - set(found))
     kept: dict[str, Entry] = {name: entry for name, entry in (before.hosts if before else {}).items() if name in there}
     return Lock(kept | {name: entry_of(one.answer, one.facts.gpus) for name, one in found.items() if one.answer.stack})
 

@@ -139,10 +139,10 @@ def _with_hosts(speaker: Speaker, inventory: Path | None, limit: str, typed: Ove
     facts = {name: replace(one, engines=pinned.get(name, ())) for name, one in said.items()
              if not isinstance(one, OpsctlError)}
     found = answers(hosts, facts, typed, knowledge(), today)
-    after = lock_of(fleet, found, before)
+    after = lock_of(fleet, facts, found, before)
     news = changes(before, after)
     bad = [name for name, one in found.items() if one.answer.stack is None]
-    writes = write and not bad and (bool(news) or before is None)
+    writes = write and not bad and bool(news)
     if writes:
         _write(path, after)
     document = {"hosts": {name: one.answer.as_document() for name, one in found.items()},

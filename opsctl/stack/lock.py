@@ -66,12 +66,16 @@ class Lock:
 
 @dataclass(frozen=True)
 class HostFacts:
-    """What a host has and what is wanted of it now. ``gpus``: PCI device ids; ``engines``: of its releases."""
+    """What a host has and what is wanted of it now. ``gpus``: PCI device ids; ``engines``: what its releases pin.
+
+    ``driver``: the version that the inventory wishes, empty where it says nothing.
+    """
 
     gpus: tuple[str, ...]
     os: str
     engines: tuple[str, ...]
     switches: int = 0
+    driver: str = ""
 
 
 def entry_of(found: Answer, gpus: Sequence[str]) -> Entry:
@@ -100,6 +104,8 @@ def holds(entry: Entry, facts: HostFacts, known: Knowledge, today: date) -> tupl
         wrong.append(f"it was locked with {entry.os}, and it runs {facts.os}")
     ended = next((branch for branch in known.branches
                   if branch.number == entry.branch and not branch.gets_fixes(today)), None)
+    if facts.driver and facts.driver != entry.version:
+        wrong.append(f"it was locked with driver {entry.version}, and the inventory wishes {facts.driver}")
     if ended is not None:
         wrong.append(f"driver branch {entry.branch} gets no fixes on {today}"
                      + (f": it ended with {ended.ends}" if ended.ends else ""))

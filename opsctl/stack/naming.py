@@ -28,11 +28,12 @@ MOST_MEANINGS = 64
 
 @dataclass(frozen=True)
 class Boards:
-    """So many GPUs of what ``name`` may mean."""
+    """So many GPUs of what ``name`` may mean. ``as_cards``: those on boards with NVSwitches were left out."""
 
     count: int
     name: str
     meanings: tuple[Gpu, ...]
+    as_cards: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def boards_called(count: int, name: str, known: Knowledge) -> Boards:
         raise Unknown("stack.unknown_gpu", f"{name} is no GPU of the catalogue",
                       f"near it: {', '.join(near)}" if near else "H200, L40S, RTX 4090 and the like are")
     cards = tuple(gpu for gpu in meanings if not gpu.fabric)
-    return Boards(count, name, cards if cards and count < NVSWITCH_BOARD else meanings)
+    as_cards = bool(cards) and len(cards) < len(meanings) and count < NVSWITCH_BOARD
+    return Boards(count, name, cards if as_cards else meanings, as_cards)
 
 
 def meanings_of(name: str, known: Knowledge) -> tuple[Gpu, ...]:
@@ -173,7 +175,9 @@ def answer(request: Request, known: Knowledge, today: date, rules: Sequence[Rule
                        nearest=f"the whole name, such as {questions[0].boards[0].gpu.name}")
     if first.stack is None:
         first = resolve(questions[0], rules)
-    return replace(first, models=_meant(request.boards))
+    assumed = tuple(f"{board.name} is taken for a card: {board.count} are no board with NVSwitches, which have "
+                    f"{NVSWITCH_BOARD}" for board in request.boards if board.as_cards)
+    return replace(first, models=_meant(request.boards), cautions=(*first.cautions, *assumed))
 
 
 def refused(unknown: Unknown, models: tuple[str, ...], request: Request) -> Answer:

@@ -159,6 +159,17 @@ class TestWithHosts:
         code, got = resolve(fleet)
         assert (code, got["hosts"]["gpu-1"]["code"], got["without_gpu"]) == (5, "stack.unknown_gpu", ["gpu-2"])
 
+    def test_a_host_that_lost_its_gpus_leaves_the_lock(self, fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+        resolve(fleet, "--write")
+        play(monkeypatch, {"gpu-1": HostFacts(H200S, "debian12", ()), "gpu-2": HostFacts((), "debian12", ())})
+        code, got = resolve(fleet, "--write")
+        assert (code, got["written"], [line[:8] for line in got["changes"]]) == (0, True, ["- gpu-2:"])
+
+    def test_a_fleet_without_gpus_gets_no_lock(self, fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+        play(monkeypatch, {name: HostFacts((), "debian12", ()) for name in ("gpu-1", "gpu-2")})
+        assert resolve(fleet, "--write")[1]["written"] is False
+        assert not (fleet.directory / "stack.lock").exists()
+
     def test_a_host_that_does_not_answer(self, fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
         silent = RefusedError("host.unreachable", "gpu-2: 10.0.0.12 does not answer.", hint="--limit '!gpu-2'")
         play(monkeypatch, {"gpu-1": HostFacts(H200S, "debian12", ()), "gpu-2": silent})

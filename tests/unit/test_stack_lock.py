@@ -77,6 +77,8 @@ FACTS = HostFacts(H200S, "debian12", ("vllm==0.33.0",))
     (ENTRY, replace(FACTS, gpus=()), TODAY, "it has no GPU"),
     (ENTRY, replace(FACTS, os="debian13"), TODAY, "locked with debian12, and it runs debian13"),
     (ENTRY, FACTS, date(2028, 7, 1), "branch 580 gets no fixes on 2028-07-01: it ended with 2028-06"),
+    (ENTRY, replace(FACTS, driver="580.178.04"), TODAY, ""),
+    (ENTRY, replace(FACTS, driver="595.84"), TODAY, "locked with driver 580.178.04, and the inventory wishes 595.84"),
     (ENTRY, replace(FACTS, engines=("vllm==0.31.0",)), TODAY, ""),
     (ENTRY, replace(FACTS, engines=()), TODAY, ""),
     (ENTRY, replace(FACTS, engines=("vllm==0.99.0",)), TODAY, "vllm 0.99.0 is not known"),
