@@ -76,6 +76,8 @@ def system_in(text: str) -> str:
 def engines_of(fleet: Fleet, hosts: Sequence[Host]) -> tuple[dict[str, tuple[str, ...]], str]:
     """The engines that each host's services need, by their ledgers, and why the gateway was silent, if it was."""
     services = [service for service in fleet.services if service.gpus_per_instance]
+    if not services:
+        return {}, ""
     listed = list_releases(fleet, [service.name for service in services], fleet.directory / "bundle")
     pinned = {service.name: engine_in(listed, service) for service in services}
     return {host.name: tuple(dict.fromkeys(pinned[service.name] for service in services

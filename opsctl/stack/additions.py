@@ -125,8 +125,8 @@ def vendors_repository(question: Question, candidate: Candidate) -> Addition:
     system, number = question.system, candidate.branch.number
     if number >= system.first_branch:
         return Addition()
-    takes_it = all((gpu.architecture.last_branch or system.first_branch) >= system.first_branch for gpu in question.gpus)
-    way = f"; if it has not: --driver {system.first_branch}" if takes_it else ""
+    too_new = any(0 < gpu.architecture.last_branch < system.first_branch for gpu in question.gpus)
+    way = "" if too_new else f"; if it has not: --driver {system.first_branch}"
     return Addition(cautions=(f"the vendor's repository for {system.name} had no branch {number} when it was last "
                               f"looked at (its first was {system.first_branch}): opsctl bundle build says whether it "
                               f"has by now{way}",))
