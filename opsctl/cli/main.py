@@ -7,6 +7,7 @@ import typer
 import opsctl
 from opsctl.cli import (
     bundle,
+    check,
     doctor,
     drain,
     execute,
@@ -60,6 +61,7 @@ def _options(
 
 app.command("init")(init.init)
 app.command("trust")(trust.trust)
+app.command("check")(check.check)
 app.command("plan")(plan.plan)
 app.command("provision")(provision.provision)
 app.command("status")(status.status)

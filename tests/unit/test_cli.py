@@ -20,6 +20,7 @@ trust
 plan
 provision
 status
+check
 verify
 stack
 stack resolve
