@@ -10,7 +10,7 @@ from opsctl.checking.model import Captured, Judged, Wanted, fix, good, on, shell
 from opsctl.checking.reading import gpus_on_bus, loaded, module
 
 SECURE_BOOT = "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
-BLACKLISTED = re.compile(r"^(?:blacklist nouveau|options nouveau .*\bmodeset=0|"
+BLACKLISTED = re.compile(r"^(?:blacklist nouveau$|options nouveau .*\bmodeset=0|"
                          r"install nouveau /(?:usr/)?bin/(?:true|false))", re.MULTILINE)
 OFF_AT_BOOT = re.compile(r"(?:modprobe\.blacklist=\S*\bnouveau\b|nouveau\.modeset=0|module_blacklist=\S*\bnouveau\b)")
 NO_NOUVEAU = ("printf 'blacklist nouveau\\noptions nouveau modeset=0\\n' > /etc/modprobe.d/blacklist-nouveau.conf && "
@@ -151,6 +151,8 @@ def _order(release: str) -> list[tuple[int, str]]:
 def iommu(captured: Captured, wanted: Wanted) -> Judged:
     """Peers that go through a translating IOMMU are slow, and hang on some boards (NVIDIA/nccl#606, #2079)."""
     gpus = gpus_on_bus(captured)
+    if not gpus:
+        return skip("there is no GPU on its PCI bus")
     kinds = {one["iommu_group/type"] for one in gpus}
     if kinds <= {""}:
         return good("no IOMMU is in the GPUs' way")

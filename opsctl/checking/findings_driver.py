@@ -22,6 +22,7 @@ from opsctl.stack.fit import Wish, check_fit, flavour_of, known_gpus, needs_fabr
 from opsctl.stack.versions import driver_in
 
 OWNER = "owner:"
+NO_DPKG = "dpkg did not say what is installed"
 # Sources of a distribution's own build of the driver: Debian's and Ubuntu's components, and Ubuntu's PPA.
 OTHERS = re.compile(r"^\s+-?\d+ (\S+ \S*(?:/non-free\S*|/restricted|/multiverse) .*|\S*graphics-drivers\S* .*)$",
                     re.MULTILINE)
@@ -36,6 +37,8 @@ def run_file(captured: Captured, wanted: Wanted) -> Judged:
     """NVIDIA's installer puts files where packages put theirs; dpkg knows nothing of them, and they stay."""
     marks = {name.removeprefix(OWNER): captured.exit(name) for name in captured.document.get("commands", {})
              if name.startswith(OWNER)}
+    if captured.exit("dpkg-list") in (127, None):
+        return skip(NO_DPKG)
     foreign = sorted(path for path, status in marks.items() if status == 1)
     if not foreign:
         return good("no driver came from a .run file")
@@ -44,6 +47,8 @@ def run_file(captured: Captured, wanted: Wanted) -> Judged:
 
 
 def repository(captured: Captured, wanted: Wanted) -> Judged:
+    if captured.exit("dpkg-list") in (127, None):
+        return skip(NO_DPKG)
     packages = [name for name, version in driver_packages(captured).items() if driver_in(version)]
     if not packages:
         return good("no package of a driver is installed")

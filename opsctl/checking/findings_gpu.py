@@ -224,7 +224,7 @@ def rebar(captured: Captured, wanted: Wanted) -> Judged:
 def acs(captured: Captured, wanted: Wanted) -> Judged:
     """Bridges that redirect what peers send each other take it by way of the CPU."""
     if len(gpus_on_bus(captured)) < 2:
-        return good("one GPU has no peer")
+        return good("one GPU has no peer") if gpus_on_bus(captured) else skip("there is no GPU on its PCI bus")
     if captured.exit("lspci-bridges") != 0:
         return skip("lspci is not installed (apt-get install pciutils), or may not read bridges")
     redirecting = [part.split()[0] for part in re.split(r"\n(?=\S)", captured.out("lspci-bridges"))

@@ -64,6 +64,8 @@ def audited(text: str) -> tuple[list[str], list[str]]:
 
 
 def dpkg_lock(captured: Captured, wanted: Wanted) -> Judged:
+    if not captured.as_root:
+        return skip("only root sees who holds the locks")
     held = captured.rows("locks")
     if not held:
         return good("nobody holds the locks of dpkg and apt")
@@ -87,7 +89,7 @@ def apt_keys(captured: Captured, wanted: Wanted) -> Judged:
         why = next((found[0] for line in lines if (found := re.search(
             r"NO_PUBKEY \w+|EXPKEYSIG \w+|SHA1 is not considered secure since [\d-]+|Missing key \w+", line))),
             first_line(lines[0]))
-        return _by_source(captured, wanted, f"apt does not believe the signature of {some(where) or 'a source'}: {why}",
+        return _by_source(wanted, f"apt does not believe the signature of {some(where) or 'a source'}: {why}",
                           shell(wanted, "apt-get update; grep -rn Signed-By /etc/apt/sources.list.d; "
                                 "ls -l /usr/share/keyrings /etc/apt/keyrings")
                           + "   (get that repository's current key; never Trusted: yes)")
@@ -103,7 +105,7 @@ def apt_sources(captured: Captured, wanted: Wanted) -> Judged:
     said = captured.out("apt-update")
     broken = BROKEN.findall(said)
     if broken:
-        return fix(f"apt cannot read its sources: {broken[0]}", shell(
+        return _by_source(wanted, f"apt cannot read its sources: {broken[0]}", shell(
             wanted, "apt-get update; ls /etc/apt/sources.list.d"), stops=True)
     failed = [line for line in FAILED.findall(said) if not KEY_TROUBLE.search(line)]
     silent = _addresses([line for line in failed if "InRelease" in line or "Release" in line])
@@ -112,7 +114,7 @@ def apt_sources(captured: Captured, wanted: Wanted) -> Judged:
     if silent:
         why = first_line(next((line.strip() for line in said.splitlines() if re.match(
             r"\s+(?:Could not|Temporary failure|Connection|404|403|The HTTP)", line)), ""))
-        return _by_source(captured, wanted, f"{some(silent)}: {why or 'no answer'}", on(wanted, "apt-get", "update"))
+        return _by_source(wanted, f"{some(silent)}: {why or 'no answer'}", on(wanted, "apt-get", "update"))
     if not re.search(r"^(?:Get|Hit|Ign):\d+ ", said, re.MULTILINE):
         if wanted.package_source == "upstream":
             return fix("it has no package sources, and package_source=upstream takes packages from there",
@@ -136,9 +138,9 @@ def gateway_packages(captured: Captured, wanted: Wanted) -> Judged:
                "stands between)")
 
 
-def _by_source(captured: Captured, wanted: Wanted, what: str, command: str) -> Judged:
+def _by_source(wanted: Wanted, what: str, command: str, *, stops: bool = False) -> Judged:
     """With ``package_source=gateway`` a provision never reads the host's own sources; the site's own upgrades do."""
-    return fix(what, command) if wanted.package_source == "upstream" else warn(what, command)
+    return fix(what, command, stops=stops) if wanted.package_source == "upstream" else warn(what, command)
 
 
 def _no_answer(captured: Captured) -> Judged:

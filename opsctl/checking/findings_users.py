@@ -6,16 +6,19 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from opsctl.checking.model import Captured, Judged, Wanted, fix, good, on, some
+from opsctl.checking.model import Captured, Judged, Wanted, fix, good, on, skip, some
 from opsctl.checking.reading import container_names, container_of
 from opsctl.fleet.model import EXPORTER_PORT
 
 # Units that hold GPUs and are meant to: ours, NVIDIA's daemons, and monitors that only look.
 OURS = re.compile(r"^(?:inference@.*|opsctl-.*|nvidia-(?:persistenced|fabricmanager|dcgm|imex)|dcgm-exporter)"
                   r"\.service$")
+NOT_ROOT = "only root sees other people's processes"
 
 
 def processes(captured: Captured, wanted: Wanted) -> Judged:
+    if not captured.as_root:
+        return skip(NOT_ROOT)
     foreign = [one for one in captured.rows("gpu_users") if not OURS.match(one["unit"])
                and not container_of(one["cgroup"])]
     if foreign:
@@ -27,6 +30,8 @@ def processes(captured: Captured, wanted: Wanted) -> Judged:
 
 
 def containers(captured: Captured, wanted: Wanted) -> Judged:
+    if not captured.as_root:
+        return skip(NOT_ROOT)
     names = container_names(captured)
     there = list(dict.fromkeys(container_of(one["cgroup"]) for one in captured.rows("gpu_users")
                                if container_of(one["cgroup"])))
@@ -45,6 +50,8 @@ def _end(wanted: Wanted, one: Mapping[str, Any]) -> str:
 
 def exporter(captured: Captured, wanted: Wanted) -> Judged:
     """Port 9400 is our exporter's; NVIDIA's own listens there by default too."""
+    if not captured.as_root:
+        return skip(NOT_ROOT)
     foreign = [one for one in captured.rows("listeners") if one["port"] == EXPORTER_PORT
                and not one["unit"].startswith("opsctl-")]
     if foreign:

@@ -80,6 +80,11 @@ class Captured:
         """A list of the document: ``pci``, ``disks``, ``locks``, ``listeners``, ``gpu_users``."""
         return list(self.document.get(name, ()))
 
+    @property
+    def as_root(self) -> bool:
+        """Whether root asked, who alone sees all processes and locks."""
+        return bool(self.document.get("root"))
+
     def _command(self, name: str) -> Mapping[str, Any]:
         found: Mapping[str, Any] = self.document.get("commands", {}).get(name, {})
         return found

@@ -17,7 +17,7 @@ DISPLAY, BRIDGE = "0x03", "0x0680"  # PCI classes: VGA and 3D controllers; "othe
 ABSENT = ("", "N/A", "[N/A]", "Requested functionality has been deprecated")
 CSV_FIELDS = ("index", "uuid", "name", "bus", "driver", "persistence", "ecc_mode", "ecc_uncorrected", "reasons")
 # nvidia-smi, of a GPU that is off the bus: "... for GPU0000:1A:00.0: Unknown Error" or "GPU is lost"
-NO_HANDLE = re.compile(r"Unable to determine the device handle for (GPU\s*\S+?):\s*(.*)")
+NO_HANDLE = re.compile(r"Unable to determine the device handle for (GPU\s*\S+?):\s+(.*)")
 VERSION = re.compile(r"(?<![\w.])(\d{3,4}\.\d{1,3}(?:\.\d{1,3})?)(?![\w.])")
 
 
