@@ -36,7 +36,7 @@ def check_hosts(fleet: Fleet, hosts: Sequence[Host], emit: Emit = discard) -> di
     found: dict[str, tuple[Finding, ...]] = {}
     for name, answer in on_each(fleet, hosts, look).items():
         if isinstance(answer, OpsctlError):
-            found[name] = (unreachable(answer.message.removeprefix(f"{name}: "), answer.hint),)
+            found[name] = (unreachable(answer, name),)
             emit(TaskResult(name, "preflight", "unreachable", answer.message))
         else:
             found[name] = answer

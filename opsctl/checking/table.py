@@ -13,6 +13,7 @@ from opsctl.checking import findings_packages as packages
 from opsctl.checking import findings_users as users
 from opsctl.checking.model import VERDICTS, Captured, Check, Finding, Judged, Wanted, skip
 from opsctl.checking.reading import gpus_on_bus, loaded
+from opsctl.errors import OpsctlError
 
 REACHABLE = "reachable"  # told where a host does not answer, and so nothing else of it
 CHECKS = (
@@ -72,9 +73,10 @@ def findings_for(host_name: str, captured: Captured, wanted: Wanted) -> tuple[Fi
                  if check.scope == "host" or has_gpus(captured, wanted))
 
 
-def unreachable(message: str, hint: str) -> Finding:
-    """The one finding of a host that does not answer."""
-    return Finding(REACHABLE, "the way to the host", "fix", message, hint, True)
+def unreachable(error: OpsctlError, host_name: str) -> Finding:
+    """The one finding of a host that does not answer. Where sudo wants a password, a provision may still have it."""
+    return Finding(REACHABLE, "the way to the host", "fix", error.message.removeprefix(f"{host_name}: "), error.hint,
+                   error.code != "host.no_sudo")
 
 
 def has_gpus(captured: Captured, wanted: Wanted) -> bool:

@@ -12,6 +12,7 @@ from check_kit import FIXTURES, cases, host, load, overlaid, read
 from opsctl.checking.model import Captured, Finding, Wanted, on
 from opsctl.checking.reading import container_of, lost, module
 from opsctl.checking.table import CHECKS, REACHABLE, as_document, counts, findings_for, unreachable
+from opsctl.errors import RefusedError
 
 
 @pytest.mark.parametrize("path", cases(), ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -93,7 +94,8 @@ def test_the_same_captures_give_the_same_document() -> None:
 
 
 def test_the_document() -> None:
-    silent = unreachable("it does not answer.", "ssh -F .opsctl/ssh_config gpu-2")
+    silent = unreachable(RefusedError("host.unreachable", "gpu-2: it does not answer.",
+                                      hint="ssh -F .opsctl/ssh_config gpu-2"), "gpu-2")
     captured, wanted = read(host("gpu-host"))
     document = as_document({"gpu-1": findings_for("gpu-1", captured, wanted), "gpu-2": (silent,)})
     assert document["counts"] == {"fix": 1, "warn": 0, "skip": 0, "pass": len(CHECKS)}
@@ -101,6 +103,11 @@ def test_the_document() -> None:
         "host": "gpu-2", "counts": {"fix": 1, "warn": 0, "skip": 0, "pass": 0}, "findings": [{
             "id": "reachable", "title": "the way to the host", "verdict": "fix", "what": "it does not answer.",
             "fix": "ssh -F .opsctl/ssh_config gpu-2", "stops_provision": True}]}
+
+
+def test_a_host_whose_sudo_asks_may_still_be_provisioned() -> None:
+    asks = unreachable(RefusedError("host.no_sudo", "gpu-2: ann cannot become root."), "gpu-2")
+    assert (asks.verdict, asks.stops_provision) == ("fix", False)
 
 
 def test_captures_of_another_host_are_a_mistake() -> None:
