@@ -144,7 +144,7 @@ def layers(captured: Captured, wanted: Wanted) -> Judged:
     disk = module(captured, "modinfo").get("version", "") or (captured.file("/lib/modules/lab/nvidia.version") or ""
                                                              ).partition(" ")[0].strip()
     found = {"in the kernel": loaded(captured)[0], "on disk": disk, "library": library_version(captured)}
-    fabric = driver_in(driver_packages(captured).get("nvidia-fabricmanager", ""))
+    fabric = fabric_manager(captured)
     if fabric:
         found["fabric manager"] = fabric
     there = {name: value for name, value in found.items() if value}
@@ -158,10 +158,16 @@ def layers(captured: Captured, wanted: Wanted) -> Judged:
     return good(f"its layers agree: {words}")
 
 
+def fabric_manager(captured: Captured) -> str:
+    """The version of the fabric manager's package, whose name ends in the branch before 590; empty: none."""
+    return next((driver_in(version) for name, version in driver_packages(captured).items()
+                 if re.fullmatch(r"nvidia-fabricmanager(-\d+)?", name)), "")
+
+
 def fabric(captured: Captured, wanted: Wanted) -> Judged:
     """Boards with NVSwitches compute only while the fabric manager, of exactly the driver's version, runs."""
     unit = key_values(captured.out("fabric-unit"))
-    there = driver_in(driver_packages(captured).get("nvidia-fabricmanager", ""))
+    there = fabric_manager(captured)
     if not needs_fabric_manager(wish(wanted), known(captured), switches_on_bus(captured)):
         if unit.get("ActiveState") == "failed" or unit.get("UnitFileState") == "enabled":
             return warn("a fabric manager is enabled, and there are no NVSwitches for it: it fails at each boot",
