@@ -86,7 +86,7 @@ def disk_weights(captured: Captured, wanted: Wanted) -> Judged:
     clean = f"opsctl gc --limit {wanted.host}"
     if free < one and not has_one:
         return fix(f"{room}, and its releases need {gib(one)}", on(wanted, "df", "-h", "/srv") + "   (a larger disk "
-                   "at /srv)", stops=True)
+                   "at /srv)", stops=free < wanted.least_release_bytes + MARGIN_BYTES)
     if free < (one if has_one else 2 * one):
         return warn(f"{room}: no room for a release of {gib(one)} beside the old one, so no model can be changed",
                     clean)

@@ -30,6 +30,8 @@ KEY_SOON = "Policy will reject signature within a year"
 ADDRESS = re.compile(r"(?:https?|ftp|file|mirror\+\w+):[^\s']+")
 FAILED = re.compile(r"^(?:Err:\d+ |W: Failed to fetch |E: Failed to fetch |Warning: Failed to fetch |"
                     r"Error: Failed to fetch |E: Release file for |Error: Release file for )(.*)$", re.MULTILINE)
+WHY = re.compile(r"^\s+((?:Could not|Temporary failure|Connection|404|403|The HTTP).*)$", re.MULTILINE)
+RELEASE_AGE = re.compile(r"is (?:expired|not valid yet) \([^)]*\)")
 BROKEN = re.compile(r"^(?:E|Error): (?!Failed to fetch|The repository|Release file|Some index)(.*)$", re.MULTILINE)
 
 
@@ -112,9 +114,10 @@ def apt_sources(captured: Captured, wanted: Wanted) -> Judged:
     keyless = _addresses([line for line in said.splitlines() if KEY_TROUBLE.search(line)])
     silent = [address for address in silent if address not in keyless]
     if silent:
-        why = first_line(next((line.strip() for line in said.splitlines() if re.match(
-            r"\s+(?:Could not|Temporary failure|Connection|404|403|The HTTP)", line)), ""))
-        return _by_source(wanted, f"{some(silent)}: {why or 'no answer'}", on(wanted, "apt-get", "update"))
+        old = RELEASE_AGE.search(said)
+        why = f"its Release file {old[0]}" if old else first_line("\n".join(WHY.findall(said))) or "no answer"
+        return _by_source(wanted, f"{some(silent)}: {why}", on(wanted, "apt-get", "update")
+                          + ("   (opsctl doctor compares the clocks)" if old else ""))
     if not re.search(r"^(?:Get|Hit|Ign):\d+ ", said, re.MULTILINE):
         if wanted.package_source == "upstream":
             return fix("it has no package sources, and package_source=upstream takes packages from there",

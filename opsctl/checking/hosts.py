@@ -69,10 +69,11 @@ def wanted_of(fleet: Fleet, host: Host) -> Wanted:
     said = {key: ",".join(gpus.listed(host.variables.get(key))) for key in gpus.READ}
     own = fleet.package_source == "upstream" or gateway(fleet).name == host.name
     services = [service.name for service in fleet.services if service.group in host.groups]
+    releases = [tuple(sizes(fleet.directory / "bundle" / "releases" / name)) for name in services]
     return Wanted(
         host.name, host.groups, fleet.package_source, "" if own else gateway_url(fleet), said[gpus.VERSION],
         said[gpus.FLAVOUR], said[gpus.MODEL], said[gpus.FABRIC_MANAGER] or "auto", gpu_uuids(host),
-        sum(max(sizes(fleet.directory / "bundle" / "releases" / name), default=0) for name in services))
+        sum(max(there, default=0) for there in releases), sum(min(there, default=0) for there in releases))
 
 
 def sizes(folder: Path) -> Iterator[int]:

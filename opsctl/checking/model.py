@@ -39,7 +39,8 @@ class Finding:
 class Wanted:
     """What the fleet wants of a host. Empty: the inventory says nothing of it.
 
-    ``release_bytes``: the largest release, summed over the services of the host; 0: not known. ``gateway``: the URL of
+    ``release_bytes``: the largest release, summed over the services of the host; ``least_release_bytes``: the smallest,
+    which a first provision brings at the least; 0: not known. ``gateway``: the URL of
     the bundle, empty with ``package_source=upstream`` and on the gateway itself.
     """
 
@@ -53,6 +54,7 @@ class Wanted:
     fabric_manager: str = "auto"
     gpu_uuids: tuple[str, ...] = ()
     release_bytes: int = 0
+    least_release_bytes: int = 0
 
 
 @dataclass(frozen=True)

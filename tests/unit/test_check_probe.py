@@ -18,7 +18,7 @@ from check_kit import host, overlaid, read
 from session_server import Server, make_key, serving
 from typer.testing import CliRunner
 
-from opsctl.agent.manifest import MANIFEST
+from opsctl.agent.manifest import MANIFEST, Engine, Release, ReleaseFile
 from opsctl.checking import probe
 from opsctl.checking.hosts import PROBE, check_hosts, sizes, wanted_of
 from opsctl.checking.model import Captured, Wanted
@@ -189,12 +189,20 @@ def test_what_is_wanted_of_a_host(tmp_path: Path) -> None:
         "nvidia_driver_version": "580.105.08", "gpu_model": "H100", "gpu_uuids": '["GPU-1"]'.strip("[]\"")})
     fleet = Fleet(tmp_path, tmp_path / "inventory.ini", (gateway, one), (Service("chat", "gpu", 8100, 8000),))
     assert wanted_of(fleet, one) == Wanted("gpu-1", ("gpu",), "gateway", "http://192.0.2.1:8480", "580.105.08", "",
-                                           "H100", "auto", ("GPU-1",), 0)
+                                           "H100", "auto", ("GPU-1",), 0, 0)
     assert wanted_of(fleet, gateway).gateway == ""
     broken = tmp_path / "bundle" / "releases" / "chat" / "v1-0"
     broken.mkdir(parents=True)
     (broken / MANIFEST).write_text("no manifest")
     assert list(sizes(broken.parent)) == []
+    for version, size in (("v1", 700), ("v2", 900)):
+        folder = broken.parent / f"{version}-1"
+        folder.mkdir()
+        (folder / MANIFEST).write_bytes(Release(
+            "chat", version, "2026-11-22T10:00:00Z", Engine("llamacpp", "1.0", ">=3.10", "x==1 --hash=sha256:0\n"), {},
+            (ReleaseFile("model.gguf", size, "0" * 64),)).to_bytes())
+    wanted = wanted_of(fleet, one)
+    assert (wanted.release_bytes, wanted.least_release_bytes) == (900, 700)
 
 
 @pytest.mark.parametrize(("change", "exit_code"), [({}, 0), ({"files": {"/proc/sys/vm/overcommit_memory": "2"}}, 0), (
