@@ -12,14 +12,15 @@ from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
+from opsctl.engines.events import Emit, Note, PhaseStarted
 from opsctl.engines.session import Session, on_each
 from opsctl.errors import ConfigurationError, OpsctlError, RefusedError
 from opsctl.fleet.gpus import FABRIC_MANAGER, FLAVOUR, VERSION
 from opsctl.fleet.model import Fleet, Host, Service
 from opsctl.releases.listing import Listed, list_releases
 from opsctl.resources import resource
-from opsctl.stack.knowledge import Knowledge
-from opsctl.stack.lock import FILE, Entry, HostFacts, Lock, entry_of, read
+from opsctl.stack.knowledge import Knowledge, knowledge
+from opsctl.stack.lock import Entry, HostFacts, Lock, ended, entry_of, holds, read
 from opsctl.stack.naming import Request, Unknown, answer, boards_seen, refused
 from opsctl.stack.question import Answer
 
@@ -101,7 +102,7 @@ def request_of(host: Host, facts: HostFacts, typed: Overrides) -> Request:
     Raises:
         Unknown: a GPU of it.
     """
-    variables = host.variables
+    variables = {key: value for key, value in host.variables.items() if key not in host.locked}
     return Request(boards_seen(facts.gpus), facts.os, typed.engines or facts.engines, typed.cuda, typed.policy,
                    typed.driver or str(variables.get(VERSION) or ""), str(variables.get(FLAVOUR) or ""),
                    str(variables.get(FABRIC_MANAGER) or "auto"), facts.switches)
@@ -133,10 +134,6 @@ def lock_of(fleet: Fleet, facts: Mapping[str, HostFacts], found: Mapping[str, Fo
     return Lock(kept | {name: entry_of(one.answer, one.facts.gpus) for name, one in found.items() if one.answer.stack})
 
 
-def lock_path(fleet: Fleet) -> Path:
-    return fleet.directory / FILE
-
-
 def read_lock(path: Path) -> Lock | None:
     """The lock beside an inventory; None when there is none.
 
@@ -149,3 +146,35 @@ def read_lock(path: Path) -> Lock | None:
         return None
     except UnicodeDecodeError:
         raise ConfigurationError("stack_lock.not_yaml", f"{path} is not UTF-8.", hint="save it as UTF-8 text") from None
+
+
+def check_lock(fleet: Fleet, hosts: Sequence[Host], emit: Emit, today: date) -> None:
+    """Refuses when stack.lock no longer holds for one of these hosts: another GPU, distribution, driver or engine.
+
+    Raises:
+        RefusedError: ``stack_lock.does_not_hold``; nothing was changed.
+        OpsctlError: a host does not say what it has.
+    """
+    lock = read_lock(fleet.lock_file)
+    locked = [host for host in hosts if lock and host.name in lock.hosts]
+    if lock is None or not locked:
+        return
+    emit(PhaseStarted("Compare stack.lock with the hosts", tuple(host.name for host in locked)))
+    facts = ask_hosts(fleet, locked)
+    engines, silence = engines_of(fleet, locked)
+    if silence:
+        emit(Note(f"which engines the releases need is not known: {silence}", "warning"))
+    for host in locked:
+        mine = facts[host.name]
+        if isinstance(mine, OpsctlError):
+            raise mine
+        entry = lock.hosts[host.name]
+        written = "" if VERSION in host.locked else str(host.variables.get(VERSION) or "")
+        now = replace(mine, engines=engines.get(host.name, ()) or entry.engines, driver=written)
+        if over := ended(entry, knowledge(), today):
+            emit(Note(f"{over}; opsctl stack resolve names another", "warning", host.name))
+        wrong = holds(entry, now, knowledge(), today)
+        if wrong:
+            raise RefusedError("stack_lock.does_not_hold", f"{host.name}: {fleet.lock_file.name} no longer holds: "
+                               f"{'; '.join(wrong)}.",
+                               hint="opsctl stack resolve --write makes it anew and shows what changes; review that")

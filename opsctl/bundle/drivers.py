@@ -19,10 +19,12 @@ from opsctl.errors import RefusedError
 from opsctl.fleet.ansible_inventory import read_raw
 from opsctl.fleet.gpus import WantedDriver, wanted_drivers
 from opsctl.fleet.hosts import check_gpus
+from opsctl.fleet.inventory import stacks_in
 from opsctl.fleet.versions import check_versions, versions_as_text
 from opsctl.stack.driver import PIN, Names
 from opsctl.stack.fit import Flavour
 from opsctl.stack.index import Index, drivers_of, family, package_version, parse_index
+from opsctl.stack.lock import FILE
 from opsctl.stack.versions import nearest
 
 ROLE = "nvidia_driver"
@@ -44,7 +46,10 @@ def drivers_of_inventory(inventory: Path, names: Names) -> tuple[WantedDriver, .
     for host, variables in hostvars.items():
         check_versions(host, variables, inventory)
         check_gpus(host, versions_as_text(variables), inventory)
-    return wanted_drivers({host: versions_as_text(variables) for host, variables in hostvars.items()}, names.own)
+    lock = inventory.parent / FILE
+    stacks = stacks_in(lock.read_text(encoding="utf-8") if lock.exists() else "", lock)
+    return wanted_drivers({host: {**stacks.get(host, {}), **versions_as_text(variables)}
+                           for host, variables in hostvars.items()}, names.own)
 
 
 def download_drivers(wanted: Sequence[WantedDriver], names: Names, fleet_directory: Path, emit: Emit

@@ -27,7 +27,7 @@ BEFORE_REBAR = frozenset({"Kepler", "Maxwell", "Pascal", "Volta", "Turing"})  # 
 
 
 def count(captured: Captured, wanted: Wanted) -> Judged:
-    """On the bus, with the driver, and in ``gpu_uuids``: a GPU that is missing in one of them is missing."""
+    """On the bus, with the driver, and in ``gpus.yml``: a GPU that is missing in one of them is missing."""
     there = gpus_on_bus(captured)
     gone = lost(captured)
     if gone:
@@ -41,13 +41,13 @@ def count(captured: Captured, wanted: Wanted) -> Judged:
     seen = devices(captured)
     missing = [uuid for uuid in wanted.gpu_uuids if uuid not in {one.uuid for one in seen}]
     if seen and missing:
-        return fix(f"{len(missing)} of {len(wanted.gpu_uuids)} GPUs in gpu_uuids are not there: {some(missing)}",
-                   on(wanted, "nvidia-smi", "-L") + "   (then reseat it, or correct gpu_uuids)")
+        return fix(f"{len(missing)} of {len(wanted.gpu_uuids)} GPUs in gpus.yml are not there: {some(missing)}",
+                   on(wanted, "nvidia-smi", "-L") + f"   (then reseat it, or opsctl gpus accept {wanted.host})")
     if seen and len(seen) != len(there):
         return fix(f"{len(there)} GPUs on the PCI bus, and the driver has {len(seen)}", shell(
             wanted, "journalctl -k -b --grep NVRM | tail"))
     if len(there) < len(wanted.gpu_uuids):
-        return fix(f"{len(there)} GPUs on the PCI bus, and gpu_uuids names {len(wanted.gpu_uuids)}", on(
+        return fix(f"{len(there)} GPUs on the PCI bus, and gpus.yml names {len(wanted.gpu_uuids)}", on(
             wanted, "lspci", "-d", "10de:"))
     return good(f"{len(there)} GPUs{'' if seen else ' on its PCI bus'}: {some(_names(captured))}")
 

@@ -15,7 +15,7 @@ from opsctl.engines.session import Session, on_each
 from opsctl.errors import OpsctlError, RefusedError
 from opsctl.fleet import gpus
 from opsctl.fleet.model import Fleet, Host
-from opsctl.fleet.placements import gateway, gateway_url, gpu_uuids
+from opsctl.fleet.placements import gateway, gateway_url
 
 PROBE = Path(__file__).with_name("probe.py")
 TIMEOUT_S = 120.0  # the probe gives itself a minute
@@ -72,7 +72,7 @@ def wanted_of(fleet: Fleet, host: Host) -> Wanted:
     releases = [tuple(sizes(fleet.directory / "bundle" / "releases" / name)) for name in services]
     return Wanted(
         host.name, host.groups, fleet.package_source, "" if own else gateway_url(fleet), said[gpus.VERSION],
-        said[gpus.FLAVOUR], said[gpus.MODEL], said[gpus.FABRIC_MANAGER] or "auto", gpu_uuids(host),
+        said[gpus.FLAVOUR], said[gpus.MODEL], said[gpus.FABRIC_MANAGER] or "auto", host.gpus or (),
         sum(max(there, default=0) for there in releases), sum(min(there, default=0) for there in releases))
 
 

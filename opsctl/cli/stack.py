@@ -119,13 +119,13 @@ def _with_hosts(speaker: Speaker, inventory: Path | None, limit: str, typed: Ove
     from opsctl.fleet.inventory import read_fleet
     from opsctl.fleet.select import select_hosts
     from opsctl.fleet.ssh_config import write_ssh_config
-    from opsctl.resolving import answers, ask_hosts, engines_of, lock_of, lock_path, read_lock
+    from opsctl.resolving import answers, ask_hosts, engines_of, lock_of, read_lock
     from opsctl.stack.knowledge import knowledge
     from opsctl.stack.lock import changes
 
     fleet = read_fleet(find_inventory(inventory))
     hosts = [host for host in select_hosts(fleet, limit) if "gpu" in host.groups]
-    path = lock_path(fleet)
+    path = fleet.lock_file
     before = read_lock(path)
     write_ssh_config(fleet)
     with speaker.waiting(f"asking {len(hosts)} hosts"):

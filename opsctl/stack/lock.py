@@ -95,23 +95,28 @@ def entry_of(found: Answer, gpus: Sequence[str]) -> Entry:
 def holds(entry: Entry, facts: HostFacts, known: Knowledge, today: date) -> tuple[str, ...]:
     """What no longer holds of an entry, in words; nothing when all does.
 
-    Another engine than the locked one is no matter as long as the locked driver runs it.
+    Another engine than the locked one is no matter as long as the locked driver runs it; nor is the end of its branch,
+    which ``ended`` tells: a fleet has to be mended on that day too.
     """
     wrong = []
     if dict(entry.gpus) != _counted(facts.gpus):
         wrong.append(f"it was locked with {_named(entry.gpus)}, and it has {_named(_counted(facts.gpus))}")
     if entry.os != facts.os:
         wrong.append(f"it was locked with {entry.os}, and it runs {facts.os}")
-    ended = next((branch for branch in known.branches
-                  if branch.number == entry.branch and not branch.gets_fixes(today)), None)
     if facts.driver and facts.driver != entry.version:
         wrong.append(f"it was locked with driver {entry.version}, and the inventory wishes {facts.driver}")
-    if ended is not None:
-        wrong.append(f"driver branch {entry.branch} gets no fixes on {today}"
-                     + (f": it ended with {ended.ends}" if ended.ends else ""))
     if not wrong and set(facts.engines) != set(entry.engines):
         wrong += _beyond(entry, facts, known, today)
     return tuple(wrong)
+
+
+def ended(entry: Entry, known: Knowledge, today: date) -> str:
+    """That the locked driver's branch gets no fixes any more, in words; empty while it does."""
+    branch = next((one for one in known.branches if one.number == entry.branch and not one.gets_fixes(today)), None)
+    if branch is None:
+        return ""
+    return f"driver branch {entry.branch} gets no fixes any more" + (f": it ended with {branch.ends}" if branch.ends
+                                                                     else "")
 
 
 def read(text: str, path: object) -> Lock:

@@ -185,8 +185,8 @@ def test_a_host_that_cannot_run_the_probe(tmp_path: Path, server: Server, client
 
 def test_what_is_wanted_of_a_host(tmp_path: Path) -> None:
     gateway = Host("gw", "192.0.2.1", ("gateway",), service_address="192.0.2.1")
-    one = Host("gpu-1", "192.0.2.2", ("gpu",), variables={
-        "nvidia_driver_version": "580.105.08", "gpu_model": "H100", "gpu_uuids": '["GPU-1"]'.strip("[]\"")})
+    one = Host("gpu-1", "192.0.2.2", ("gpu",), gpus=("GPU-1",), variables={
+        "nvidia_driver_version": "580.105.08", "gpu_model": "H100"})
     fleet = Fleet(tmp_path, tmp_path / "inventory.ini", (gateway, one), (Service("chat", "gpu", 8100, 8000),))
     assert wanted_of(fleet, one) == Wanted("gpu-1", ("gpu",), "gateway", "http://192.0.2.1:8480", "580.105.08", "",
                                            "H100", "auto", ("GPU-1",), 0, 0)

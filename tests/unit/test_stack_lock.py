@@ -9,7 +9,7 @@ import pytest
 
 from opsctl.errors import ConfigurationError
 from opsctl.stack.knowledge import knowledge
-from opsctl.stack.lock import Entry, HostFacts, Lock, changes, entry_of, holds, read, render
+from opsctl.stack.lock import Entry, HostFacts, Lock, changes, ended, entry_of, holds, read, render
 from opsctl.stack.naming import Request, answer, boards_seen
 
 TODAY = date(2026, 11, 22)
@@ -76,7 +76,7 @@ FACTS = HostFacts(H200S, "debian12", ("vllm==0.33.0",))
     (ENTRY, replace(FACTS, gpus=("26b9",)), TODAY, "it has 1 x L40S"),
     (ENTRY, replace(FACTS, gpus=()), TODAY, "it has no GPU"),
     (ENTRY, replace(FACTS, os="debian13"), TODAY, "locked with debian12, and it runs debian13"),
-    (ENTRY, FACTS, date(2028, 7, 1), "branch 580 gets no fixes on 2028-07-01: it ended with 2028-06"),
+    (ENTRY, FACTS, date(2028, 7, 1), ""),  # its branch has ended, and the fleet has to be mended all the same
     (ENTRY, replace(FACTS, driver="580.178.04"), TODAY, ""),
     (ENTRY, replace(FACTS, driver="595.84"), TODAY, "locked with driver 580.178.04, and the inventory wishes 595.84"),
     (ENTRY, replace(FACTS, engines=("vllm==0.31.0",)), TODAY, ""),
@@ -91,6 +91,12 @@ def test_what_no_longer_holds(entry: Entry, facts: HostFacts, today: date, says:
     wrong = holds(entry, facts, knowledge(), today)
     assert bool(wrong) == bool(says)
     assert says in "; ".join(wrong)
+
+
+def test_a_branch_that_has_ended_is_told() -> None:
+    assert ended(ENTRY, knowledge(), date(2028, 7, 1)) == \
+        "driver branch 580 gets no fixes any more: it ended with 2028-06"
+    assert ended(ENTRY, knowledge(), TODAY) == ""
 
 
 def test_an_entry_as_variables_of_the_role() -> None:
