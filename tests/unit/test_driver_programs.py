@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,15 @@ import yaml
 from rendering import render
 
 from opsctl.resources import resource
+from opsctl.stack.__main__ import answer
+from opsctl.stack.driver import PIN
 
 FILES = resource("roles") / "nvidia_driver" / "files"
+ROLE = {key: value for file in ("defaults", "vars")
+        for key, value in yaml.safe_load((FILES.parent / file / "main.yml").read_text()).items()}
+# What look.yml passes besides where the packages come from.
+ASKED = [name for key in ("patterns", "exact", "open", "proprietary", "fabric", "own")
+         for name in ROLE[f"nvidia_driver_{key}"]]
 VERSION = """\
 NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.126.09  Release Build  (dvs-builder@U22)
 GCC version:  gcc version 12.2.0 (Debian 12.2.0-14+deb12u1)
@@ -54,8 +62,49 @@ class TestFacts:
                   "nvidia-old\t550.1.1-1\tdeinstall\tconfig-files\n"
                   "nvidia-kernel-open-dkms\t580.126.09-1+lab\thold\thalf-configured\nlibcuda1\t\tunknown\tnot-installed\n")
         assert self.facts.packages(listed) == (
-            {"nvidia-driver-cuda": "580.126.09-1+lab", "nvidia-kernel-open-dkms": "half-configured"},
-            ["nvidia-driver-cuda", "nvidia-kernel-open-dkms"])
+            {"nvidia-driver-cuda": "580.126.09-1+lab", "nvidia-kernel-open-dkms": "580.126.09-1+lab"},
+            {"nvidia-kernel-open-dkms": "half-configured"}, ["nvidia-driver-cuda", "nvidia-kernel-open-dkms"])
+
+    @pytest.mark.skipif(shutil.which("dpkg-query") is None, reason="not a Debian")
+    def test_a_hosts_own_dpkg_is_asked_for_all_of_the_driver(self, tmp_path: Path) -> None:
+        """Real dpkg-query: what has no "nvidia" in its name counts, and so does what comes with the driver."""
+        of_driver = ["libnvsdm", "libnvcuvid1", "libnvoptix1", "libxnvctrl0", "libegl-nvidia0", "nvidia-modprobe",
+                     PIN + "580.126.09"]
+        states = {"nvidia-kernel-open-dkms": "half-configured", "nvlsm": "half-installed"}
+        own = [f"linux-headers-{os.uname().release}", "linux-headers-amd64", "nvlsm"]
+        status = [f"Package: {name}\nStatus: hold ok {states.get(name, 'installed')}\nMaintainer: x\nDescription: x\n"
+                  f"Architecture: amd64\nVersion: 580.126.09-1\n" for name in
+                  (*of_driver, *own, *states, "cuda-compat-13-0", "haproxy")]
+        (tmp_path / "status").write_text("\n".join(dict.fromkeys(status)))
+        (tmp_path / "info").mkdir()
+        done = subprocess.run([sys.executable, "-", "gateway", *ASKED, "nvlsm"], text=True, capture_output=True,
+                              check=True, input=(FILES / "driver_facts.py").read_text(),
+                              env={**os.environ, "DPKG_ADMINDIR": str(tmp_path)})
+        seen = json.loads(done.stdout)["seen"]
+        assert set(seen["installed"]) == {*of_driver, *own, *states}
+        assert seen["installed"]["nvidia-kernel-open-dkms"] == "580.126.09-1"
+        assert seen["states"] == states
+
+    @pytest.mark.skipif(shutil.which("dpkg-query") is None, reason="not a Debian")
+    def test_a_module_that_is_there_by_half_is_told_from_its_version(self, tmp_path: Path) -> None:
+        """Both programs, as the role asks them: the other flavour's module is named, so that apt may remove it."""
+        names = ("nvidia-driver-cuda", "nvidia-modprobe", "nvidia-persistenced", "nvidia-kernel-dkms")
+        (tmp_path / "Packages").write_text("\n".join(f"Package: {name}\nVersion: 580.126.09-1\n"
+                                                     for name in (*names, PIN + "580.126.09")))
+        (tmp_path / "status").write_text("Package: nvidia-kernel-open-dkms\nStatus: hold ok half-configured\n"
+                                         "Maintainer: x\nDescription: x\nArchitecture: amd64\nVersion: 580.126.09-1\n")
+        (tmp_path / "info").mkdir()
+        done = subprocess.run([sys.executable, "-", "gateway", *ASKED], text=True, capture_output=True, check=True,
+                              input=(FILES / "driver_facts.py").read_text(),
+                              env={**os.environ, "DPKG_ADMINDIR": str(tmp_path)})
+        seen = {**json.loads(done.stdout)["seen"], "gpus": ["26b9"], "headers": True, "dpkg": ""}
+        wish = {"host": "here", "version": "580.126.09", "flavour": "proprietary", "fabric_manager": "auto",
+                "gpu_model": ""}
+        found = answer({"wish": wish, "seen": seen, "index": tmp_path / "Packages",
+                        "names": {key: ROLE[f"nvidia_driver_{key}"] for key in
+                                  ("exact", "open", "proprietary", "fabric", "own")}})
+        assert found["error"] == ""
+        assert found["course"]["transactions"][1]["remove"] == ("nvidia-kernel-open-dkms",)
 
     @pytest.mark.parametrize(("recorded", "is_this_one"), [
         ("6f1c\n", True), ("07aa\n", False), ("", False), (None, False)])
@@ -90,8 +139,8 @@ class TestFacts:
     @pytest.mark.skipif(shutil.which("dpkg-query") is None, reason="not a Debian")
     def test_a_question_the_decision_understands(self) -> None:
         """Both programs for real, on this machine, which has no GPU or one: an answer in any case."""
-        done = subprocess.run([sys.executable, "-"], input=(FILES / "driver_facts.py").read_text(), text=True,
-                              capture_output=True, check=True)
+        done = subprocess.run([sys.executable, "-", "gateway", *ASKED], text=True, capture_output=True, check=True,
+                              input=(FILES / "driver_facts.py").read_text())
         names = {"exact": ["a"], "open": ["b"], "proprietary": ["c"], "fabric": ["d"], "own": []}
         wish = {"host": "here", "version": "580.126.09", "flavour": "", "fabric_manager": "auto", "gpu_model": ""}
         asked = {"wish": wish, "names": names, "index": "/nowhere", **json.loads(done.stdout)}
