@@ -318,6 +318,20 @@ def test_a_hosts_apt_goes_up_and_down_with_everything_held(site: Site, before: s
     assert bring(after, Seen(("2335",), installed=wanted, held=frozenset(wanted), loaded=after))[1].transactions == ()
 
 
+def test_a_host_that_purges_what_it_removes(site: Site) -> None:
+    """apt -s says Purg then, and the gate has to see it; the program itself leaves a package's settings alone."""
+    site.build(BOTH)
+    machine, gate = Machine(site), program("driver_transaction")
+    machine.has({"tiny": "1", "build-tool": "12"})
+    with machine.configuration.open("a") as file:
+        file.write('APT::Get::Purge "true";\n')
+    argv = ["apt-get", "-c", str(machine.configuration), "-s"]
+    refused = gate.refusal({"what": "driver", "install": [], "remove": []},
+                           run([*argv, "-y", "--allow-change-held-packages", "install", "tiny-"]).stdout.decode())
+    assert refused == "apt would remove tiny, which is none of the driver's."
+    assert "\nRemv tiny " in run([*argv, *gate.APT[1:], "install", "tiny-"]).stdout.decode()
+
+
 def test_the_other_module_goes_though_it_did_not_build(site: Site) -> None:
     """dpkg left it half-configured: its version tells that it is the driver's, and apt may remove it."""
     site.build("[gpu]\ngpu-1 nvidia_driver_version=580.126.09\n")

@@ -170,6 +170,7 @@ class TestTransaction:
 
     @pytest.mark.parametrize(("output", "named"), [
         ("Remv haproxy [2.6]\n", "remove haproxy"),
+        ("Purg haproxy [2.6]\n", "remove haproxy"),
         ("Inst linux-image-6.1.0-56-amd64 (6.1.1 x [amd64])\n", "linux-image-6.1.0-56-amd64"),
         ("Inst firmware-misc-nonfree [1] (2 x [all])\n", "firmware-misc-nonfree"),
         ("Inst grub-common:amd64 [1] (2 x [all])\n", "grub-common")])
@@ -223,6 +224,82 @@ class TestTransaction:
         assert said in done.stdout
         assert (tmp_path / "opsctl/driver-changed").exists() is ("apt-get -y" in called), "a refusal changes nothing"
         assert [" ".join(line.split()[:2]) for line in (tmp_path / "log").read_text().splitlines()] == called
+
+
+@pytest.fixture
+def reloading(tmp_path: Path) -> Path:
+    """The program with its paths below a folder, and a host whose GPUs two services and a module hold."""
+    text = (FILES / "driver_transaction.py").read_text()
+    for path, name in (("/proc/driver/nvidia/version", "loaded"), ("/proc/modules", "modules"),
+                       ("/run/opsctl-driver.stopped", "stopped")):
+        text = text.replace(path, str(tmp_path / name))
+    (tmp_path / "program").write_text(text)
+    (tmp_path / "loaded").write_text("NVRM version: NVIDIA UNIX Open Kernel Module  570.1.1  Release\n")
+    (tmp_path / "modules").write_text("nvidia 1 2 - Live\n")
+    stand_in(tmp_path, "systemctl", f"""
+case "$*" in
+    is-active*agent*|is-active*dcgm.service) [ ! -e {tmp_path}/down ] ;;
+    is-active*) exit 3 ;;
+    stop*dcgm*) exit 1 ;;
+esac""")
+    for name in ("modprobe", "nvidia-modprobe"):
+        stand_in(tmp_path, name, "")
+    return tmp_path
+
+
+def stand_in(folder: Path, name: str, body: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\necho {name} \"$@\" >> {folder}/log\n{body}\n")
+    (folder / name).chmod(0o755)
+
+
+def change(folder: Path, **asked: object) -> subprocess.CompletedProcess[str]:
+    asked = {"transactions": [], "hold": [], "load": "", **asked}
+    return subprocess.run([sys.executable, folder / "program", json.dumps(asked)], text=True, capture_output=True,
+                          check=False, env={"PATH": f"{folder}:/usr/bin:/bin"})
+
+
+def started(folder: Path) -> list[str]:
+    log = (folder / "log").read_text().splitlines()
+    return [line.removeprefix("systemctl start ") for line in log if line.startswith("systemctl start ")]
+
+
+class TestReload:
+    def test_a_service_that_does_not_stop_leaves_no_other_down(self, reloading: Path) -> None:
+        done = change(reloading, load="580.126.09")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "it takes a reboot" in done.stdout
+        assert started(reloading) == ["nvidia-dcgm.service", "opsctl-agent.service"]
+        assert not (reloading / "stopped").exists()
+
+    def test_what_a_killed_run_stopped_is_started_by_the_next(self, reloading: Path) -> None:
+        stand_in(reloading, "modprobe", "kill -9 $PPID")
+        assert change(reloading, load="580.126.09").returncode == -9
+        assert started(reloading) == []
+        (reloading / "down").touch()
+        done = change(reloading)  # nothing else is left to be done
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert started(reloading) == ["nvidia-dcgm.service", "opsctl-agent.service"]
+        assert change(reloading).returncode == 0
+        assert len(started(reloading)) == 2
+
+    def test_a_second_reload_forgets_nothing_that_the_first_stopped(self, reloading: Path) -> None:
+        stand_in(reloading, "modprobe", "kill -9 $PPID")
+        change(reloading, load="580.126.09")
+        (reloading / "down").touch()
+        change(reloading, load="580.126.09")
+        stand_in(reloading, "modprobe", "")
+        change(reloading, load="580.126.09")
+        assert started(reloading) == ["nvidia-dcgm.service", "opsctl-agent.service"]
+
+    @pytest.mark.skipif(shutil.which("dpkg-query") is None, reason="not a Debian")
+    def test_the_facts_tell_of_it(self, reloading: Path) -> None:
+        """Else the role would see nothing to be done, and would not run the program."""
+        text = (FILES / "driver_facts.py").read_text().replace("/run/opsctl-driver.stopped", f"{reloading}/stopped")
+        for stopped in (False, True):
+            done = subprocess.run([sys.executable, "-"], input=text, text=True, capture_output=True, check=True)
+            assert json.loads(done.stdout)["stopped"] is stopped
+            (reloading / "stopped").touch()
+        assert "nvidia_driver_facts.stopped" in ROLE["nvidia_driver_pending"]
 
 
 WANTED = {"version": "580.126.09", "fabric_manager": True, "gpu_uuids": ["GPU-a", "GPU-b"]}

@@ -88,7 +88,8 @@ FAKES = {
     "dpkg": "", "apt-mark": "", "apt-get": '[ ! -e {root}/refuse ] || echo "Remv haproxy [2.6]"',
     "apt-cache": "",
     # Before the change nothing is installed; who asks for one package asks after it.
-    "dpkg-query": 'case "$*" in *nvidia-fabricmanager) echo "installed 580.126.09-1";; esac',
+    "dpkg-query": 'case "$*" in *Want*) [ ! -e {root}/settled ] || cat {root}/settled;; '
+                  '*nvidia-fabricmanager) echo "installed 580.126.09-1";; esac',
     "modprobe": "", "modinfo": "echo 580.126.09",
     "nvidia-modprobe": 'echo "NVRM version: NVIDIA UNIX Open Kernel Module  580.126.09  Release" > {root}/loaded',
     "nvidia-smi": "echo 580.126.09, 00000000:1A:00.0, GPU-a",
@@ -111,6 +112,7 @@ def machine(role: Path) -> Path:
                           "/var/lib/opsctl", "/proc/sys/kernel/random/boot_id"):
                 text = text.replace(place, f"{role}/host{place}")
             path.write_text(text.replace("/proc/driver/nvidia/version", f"{role}/loaded")
+                            .replace("/run/opsctl-driver.stopped", f"{role}/stopped")
                             .replace("    owner: root\n    group: root\n", ""))
     for place in ("etc/opsctl", "usr/local/lib", "etc/apt/apt.conf.d", "proc/sys/kernel/random"):
         (role / "host" / place).mkdir(parents=True)
@@ -138,6 +140,24 @@ def test_the_role_brings_a_driver(machine: Path) -> None:
     assert (record["version"], record["flavour"], record["fabric_manager"]) == ("580.126.09", "open", True)
     assert record["packages"]["nvidia-fabricmanager"] == "580.126.09-1"
     assert "libnvidia-" in (machine / "host/etc/apt/apt.conf.d/51opsctl-nvidia").read_text()
+
+
+def test_services_that_a_killed_change_left_stopped_are_started(machine: Path) -> None:
+    """Nothing else is to be done there, and a run tells that it changed something."""
+    names = ("nvidia-driver-pinning-580.126.09", "nvidia-driver-cuda", "nvidia-modprobe", "nvidia-persistenced",
+             "nvidia-kernel-open-dkms", "nvidia-fabricmanager")
+    (machine / "settled").write_text("".join(f"{name}\t580.126.09-1\thold\tinstalled\n" for name in names))
+    (machine / "loaded").write_text("NVRM version: NVIDIA UNIX Open Kernel Module  580.126.09  Release\n")
+    done = play(machine, "main")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "systemd-run" not in (machine / "log").read_text()
+    (machine / "stopped").write_text("nvidia-dcgm.service\n")
+    done = play(machine, "main")
+    assert done.returncode == 0, done.stdout + done.stderr
+    log = (machine / "log").read_text()
+    assert "systemctl start nvidia-dcgm.service\n" in log
+    assert "apt-get" not in log
+    assert not (machine / "stopped").exists()
 
 
 def test_a_gpu_that_is_missing_is_named(machine: Path) -> None:

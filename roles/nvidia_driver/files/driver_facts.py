@@ -25,6 +25,7 @@ LOCKS = ("/var/lib/dpkg/lock-frontend", "/var/lib/dpkg/lock")
 OUR_UNIT = "opsctl-driver.service"
 CHANGED = Path("/var/lib/opsctl/driver-changed")  # driver_transaction.py writes it: the boot of the last change
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+STOPPED = Path("/run/opsctl-driver.stopped")  # of a change that was killed: services that it had stopped
 FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, pid
 
 
@@ -114,7 +115,8 @@ def main() -> None:
         "loaded": loaded_version(version.read_text()) if version.exists() else "",
         "serving": [line.split()[0] for line in serving.splitlines() if line.split()],
         "dpkg": dpkg_holder(), "kernel": kernel, "headers": Path(f"/lib/modules/{kernel}/build").exists()},
-        "changed_in_this_boot": is_of_this_boot(CHANGED, BOOT_ID)}
+        "changed_in_this_boot": is_of_this_boot(CHANGED, BOOT_ID),
+        "stopped": STOPPED.exists()}
     if source == "upstream":
         found["index_text"] = sources_have(kernel, patterns)
     json.dump(found, sys.stdout)
