@@ -335,6 +335,26 @@ class TestLayers:
         csv = "580.126.09, 00000000:3B:00.0, GPU-a\n580.126.09, 00000000:1A:00.0, GPU-b\n"
         assert [uuid for _, _, uuid in self.layers.gpus_of(csv)] == ["GPU-b", "GPU-a"]
 
+    @pytest.mark.parametrize("uuids", [[f"GPU-{index}" for index in range(8)], []])
+    def test_a_lost_gpu_is_named_and_the_library_is_not_blamed(self, tmp_path: Path, uuids: list[str]) -> None:
+        """nvidia-smi prints the healthy ones and exits 15."""
+        rows = "".join(f"580.126.09, 00000000:{bus:02X}:00.0, GPU-{bus}\n" for bus in (7, 6, 5, 4, 2, 1, 0))
+        words = "Unable to determine the device handle for GPU3: 00000000:03:00.0: GPU is lost.  Reboot the system"
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{rows}{words}'\nexit 15\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        done = subprocess.run([sys.executable, "-", json.dumps({**WANTED, "gpu_uuids": uuids})], text=True, check=True,
+                              capture_output=True, input=(FILES / "driver_layers.py").read_text(),
+                              env={"PATH": str(tmp_path)})
+        found = json.loads(done.stdout)
+        assert found["layers"]["library"] == "580.126.09"
+        assert found["gpus"] == [f"GPU-{bus}" for bus in (0, 1, 2, 4, 5, 6, 7)]
+        assert not [sentence for sentence in found["wrong"] if "the library" in sentence]
+        assert ("1 of the 8 GPUs in gpu_uuids are missing: GPU-3" in found["wrong"]) == bool(uuids)
+        assert found["wrong"][-1].startswith("nvidia-smi says: Unable to determine the device handle for GPU3")
+
+    def test_a_sentence_with_commas_is_no_gpu(self) -> None:
+        assert self.layers.gpus_of("NVRM: one, two, three\n[GPU is lost], 00000000:03:00.0, [GPU is lost]\n") == []
+
     def test_a_machine_without_any_of_it_is_told_in_full(self) -> None:
         done = subprocess.run([sys.executable, "-", json.dumps(WANTED)], text=True, capture_output=True, check=True,
                               input=(FILES / "driver_layers.py").read_text(), env={"PATH": "/nowhere"})
