@@ -21,7 +21,7 @@ from opsctl.bundle.keys import checking, dearmor, make_bundle_key, signing
 from opsctl.bundle.process import run
 from opsctl.bundle.repository import write_repository
 from opsctl.bundle.sums import digest
-from opsctl.bundle.vendor_sources import read_vendor_sources
+from opsctl.bundle.vendor_sources import described, read_vendor_sources
 from opsctl.engines.events import Event, Note, discard
 from opsctl.errors import ConfigurationError, RefusedError
 from opsctl.fleet.gpus import WantedDriver
@@ -368,6 +368,41 @@ def test_a_source_without_the_fabric_manager_is_told(site: Site) -> None:
     assert not [deb for deb in closure.debs if "fabricmanager" in deb.name]
     assert [event.message for event in said if isinstance(event, Note) and "580.126.09" in event.message] == [
         "the sources in sources.d have no nvidia-imex 580.126.09: no bundled fabric manager for boards with NVSwitches"]
+
+
+def test_files_whose_names_differ_by_a_character_are_two_sources(site: Site) -> None:
+    """Nothing of one takes the place of the other, and what is told is the name that the operator wrote."""
+    folder, text = site.fleet / "sources.d", (site.fleet / "sources.d/nvidia.sources").read_text()
+    stems = ("nvidia.cuda", "nvidia-cuda", "nvidia cuda", "nvidia+cuda")
+    for stem in stems:
+        (folder / f"{stem}.sources").write_text(text.replace("nvidia.asc", f"{stem}.asc"))
+        shutil.copy(folder / "nvidia.asc", folder / f"{stem}.asc")
+    (folder / "nvidia.sources").unlink()
+    sources = read_vendor_sources(site.fleet)
+    assert len({source.name for source in sources}) == len(stems)
+    assert len({source.key_name for source in sources}) == len(stems)
+    assert set(described(sources).split(", ")) == {f"{stem}.sources" for stem in stems}
+
+
+def test_a_source_whose_file_is_renamed_leaves_nothing_behind(site: Site) -> None:
+    wanted = WantedDriver("580.126.09", ("open",), ("gpu-1",), ())
+    assert download_drivers((wanted,), NAMES, site.fleet, discard)
+    (site.fleet / "sources.d/nvidia.sources").rename(site.fleet / "sources.d/vendor.sources")
+    assert download_drivers((wanted,), NAMES, site.fleet, discard)
+
+
+@pytest.mark.parametrize(("uris", "told"), [
+    ("https://me:secret@good.example/x htps://me:secret@bad.example/y", "URIs: htps://bad.example/y"),
+    ("me:secret@bad.example/y", "URIs: bad.example/y"),
+    ("htps://me:se/cret@bad.example/y", "URIs: htps://bad.example/y"),
+    ("", "no URIs")])
+def test_a_wrong_address_is_told_without_its_password(tmp_path: Path, uris: str, told: str) -> None:
+    (tmp_path / "sources.d").mkdir()
+    (tmp_path / "sources.d/a.sources").write_text(f"Types: deb\nURIs: {uris}\nSuites: /\nSigned-By: x\n")
+    with pytest.raises(ConfigurationError) as caught:
+        read_vendor_sources(tmp_path)
+    assert f"a.sources has {told}, which" in caught.value.message
+    assert not re.search("secret|good|cret", caught.value.message)
 
 
 def test_a_bundle_without_drivers_does_not_ask_the_vendor(site: Site) -> None:
