@@ -93,7 +93,7 @@ def _named(fleet: Fleet, placed: Sequence[Placement], target: str) -> set[str]:
 
 
 def weight_then(drains: Sequence[Mapping[str, Any]], owner: str, weight: int) -> int:
-    """Per cent that an instance keeps once ``owner`` has drained it to ``weight``: his drain of before is gone. Pure."""
+    """Per cent that an instance keeps once ``owner`` has drained it to ``weight``: his drain of before goes. Pure."""
     return min([weight, *(int(one["weight"]) for one in drains if one["owner"] != owner)])
 
 

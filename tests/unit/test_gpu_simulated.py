@@ -24,7 +24,7 @@ from opsctl.agent.gpu.verdict import judge
 from opsctl.agent.gpu.xids import Xids
 
 pytest.importorskip("opsctl.lab.gpu.library", reason="this opsctl has no simulated GPUs")
-import lab_gpu_kit  # noqa: E402 - it needs that library
+import lab_gpu_kit
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not on this machine")
 
