@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from opsctl.releases.ledger import Wanted, wanted
 from opsctl.releases.remote import ask, has_agent
 from opsctl.releases.staging import allowed_signers
 from opsctl.releases.store import folders_of, releases_of
+from opsctl.resolving import check_lock
 from opsctl.resources import resource
 
 REACH_TIMEOUT_S = 20.0
@@ -69,6 +71,7 @@ def plan(question: Question, emit: Emit) -> Plan:
     answers = _reach(question)
     found = {name: answer for name, answer in answers.items() if isinstance(answer, Found)}
     reached = tuple(host for host in question.hosts if host.name in found)
+    check_lock(fleet, reached, emit, datetime.now(UTC).date())
     steps = _steps(question, found, emit)
     results: list[TaskResult] = []
     modules: dict[str, str] = {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from opsctl.fleet.placements import clashes
 from opsctl.fleet.ssh_config import write_ssh_config
 from opsctl.releases.first_start import bring_up, check_releases
 from opsctl.releases.remote import unreachable
+from opsctl.resolving import check_lock
 from opsctl.resources import resource
 from opsctl.runs.journal import Run
 
@@ -56,6 +58,7 @@ def provision(request: Request, run: Run, emit: Emit) -> dict[str, Any]:
     # with package_source=upstream too: the agent's wheel comes from the bundle, and root installs it
     verify_bundle(request.bundle, fleet.directory / "trust" / "bundle.asc")
     reached, skipped = _reach(request, emit)
+    check_lock(fleet, reached, emit, datetime.now(UTC).date())
     check_releases(fleet, emit, bundle=request.bundle)
     outcome = run_playbook(
         resource("playbooks") / "site.yml", fleet_directory=fleet.directory, inventory=fleet.inventory,

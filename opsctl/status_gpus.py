@@ -13,7 +13,7 @@ from opsctl.errors import OpsctlError
 
 STALE_S = 15.0
 MIB_PER_GIB = 1024
-GPU_STATES = frozenset({"ok", "lost", "missing"})  # of a host whose GPUs can be seen
+GPU_STATES = frozenset({"ok", "lost", "unreadable", "missing"})  # of a host whose GPUs can be seen
 
 States = Mapping[str, Mapping[str, Any] | OpsctlError]
 
@@ -64,18 +64,23 @@ def lines(gpus: Mapping[str, Mapping[str, Any]], *, each: bool = False) -> list[
 
 
 def badness(device: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A key that sorts the worst GPU first: lost, slowed down by heat, least margin, hottest."""
-    hot = any("thermal" in one or "brake" in one for one in device["reasons"])
+    """A key that sorts the worst GPU first: lost, slowed down, with errors, least margin, hottest."""
     margin = device["margin_c"]
-    return (device["state"] == "ok", not hot, 1000 if margin is None else margin, -(device["temperature_c"] or 0),
-            device["index"])
+    return (device["state"] == "ok", not is_hot(device), not device["xids"], not device["words"],
+            1000 if margin is None else margin, -(device["temperature_c"] or 0), device["index"])
+
+
+def is_hot(device: Mapping[str, Any]) -> bool:
+    """Its hardware or driver slows it down, for heat or because power fails, or is about to."""
+    return ((device["margin_c"] is not None and device["margin_c"] <= 0)
+            or any("thermal" in reason or "brake" in reason for reason in device["reasons"]))
 
 
 def wrong(gpus: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
     """Lost and missing GPUs, and hosts that cannot see theirs: as ``status.wrong``."""
     found = []
     for host, told in gpus.items():
-        what = [f"GPU {one['index']} lost" for one in told["devices"] if one["state"] == "lost"]
+        what = [f"GPU {one['index']} {one['state']}" for one in told["devices"] if one["state"] != "ok"]
         if told["stale"]:
             what = [f"GPUs {_stale_word(told)}"]
         elif told["missing"]:
@@ -129,18 +134,17 @@ def _device_line(host: str, told: Mapping[str, Any], one: Mapping[str, Any]) -> 
     title = f"GPU {one['index']} {model(one['model'])}".rstrip()
     errors = list(map(_xid_words, one["xids"]))
     if one["state"] != "ok":
-        return Line(host, title, note=", ".join([f"lost: {one['words']}", *errors]), level="bad",
+        return Line(host, title, note=", ".join([f"{one['state']}: {one['words']}", *errors]), level="bad",
                     instance=one["instance"])
-    notes = [*one["reasons"], *errors]
+    notes = [*one["reasons"], *errors, *filter(None, [one["words"]])]
     if told["stale"]:
         notes.insert(0, _stale_word(told))
     margin = "" if one["margin_c"] is None else f" (margin {one['margin_c']:.0f})"
     temperature = "" if one["temperature_c"] is None else f"{one['temperature_c']:.0f} °C{margin}"
-    hot = (one["margin_c"] is not None and one["margin_c"] <= 0) or any("thermal" in note for note in one["reasons"])
     return Line(host, title, temperature, _of(one["power_w"], one["power_limit_w"], "W"),
                 "" if one["utilisation_percent"] is None else f"{one['utilisation_percent']:.0f} %",
                 _of(_gib(one["memory_used_mib"]), _gib(one["memory_total_mib"]), "GiB"), ", ".join(notes),
-                "warning" if hot or errors or told["stale"] else "good", one["instance"])
+                "warning" if is_hot(one) or errors or one["words"] or told["stale"] else "good", one["instance"])
 
 
 def _xid_words(xid: Mapping[str, Any]) -> str:

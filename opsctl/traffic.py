@@ -92,6 +92,11 @@ def _named(fleet: Fleet, placed: Sequence[Placement], target: str) -> set[str]:
     return found
 
 
+def weight_then(drains: Sequence[Mapping[str, Any]], owner: str, weight: int) -> int:
+    """Per cent that an instance keeps once ``owner`` has drained it to ``weight``: his drain of before goes. Pure."""
+    return min([weight, *(int(one["weight"]) for one in drains if one["owner"] != owner)])
+
+
 def effect(fleet: Fleet, states: Mapping[str, State], chosen: Sequence[Placement], weight: int) -> tuple[Effect, ...]:
     """What a drain of ``chosen`` to ``weight`` per cent does to each service that has some. Pure."""
     found = []

@@ -23,7 +23,8 @@ PACKAGE_LOCKS = ("var/lib/dpkg/lock-frontend", "var/lib/dpkg/lock", "var/lib/apt
 FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, pid
 ANSIBLE = ("AnsiballZ_", "ansible-tmp-")
 UNITS = (".service", ".scope")
-JOBS = {"opsctl-stage-": "stage", "opsctl-cutover@": "cutover"}
+DRIVER = "opsctl-driver"  # the role nvidia_driver starts it, so it has no files among the jobs
+JOBS = {"opsctl-stage-": "stage", "opsctl-cutover@": "cutover", DRIVER: "driver"}
 JOB_FILES = (".lock", ".json")
 
 
@@ -37,7 +38,8 @@ class Process:
 
 
 def busy(paths: Paths, run: Run = systemd.run, processes: Path = PROCESSES) -> list[dict[str, Any]]:
-    """``[{"what", "pid", "unit", "command"}]``; ``what``: ``dpkg``, ``ansible``, ``stage``, ``cutover`` or ``job``.
+    """``[{"what", "pid", "unit", "command"}]``; ``what``: ``dpkg``, ``ansible``, ``stage``, ``cutover``, ``driver`` or
+    ``job``.
 
     ``pid`` is None where only the unit is known; ``unit`` is empty for what belongs to none.
 
@@ -104,9 +106,10 @@ def job_names(files: Sequence[str]) -> list[str]:
 
 
 def _packages(paths: Paths, known: Mapping[int, Process], processes: Path) -> list[dict[str, Any]]:
-    """One process may hold all three."""
+    """One process may hold all three. That of a driver's change is told with its unit."""
     holders = {pid: None for name in PACKAGE_LOCKS if (pid := holder(paths.root / name)) is not None}
-    return [_of_process("dpkg", pid, known, processes) for pid in holders]
+    found = [_of_process("dpkg", pid, known, processes) for pid in holders]
+    return [one for one in found if one["unit"] != f"{DRIVER}.service"]
 
 
 def _of_process(what: str, pid: int, known: Mapping[int, Process], processes: Path) -> dict[str, Any]:
@@ -118,6 +121,6 @@ def _of_process(what: str, pid: int, known: Mapping[int, Process], processes: Pa
 
 def _jobs(paths: Paths, run: Run) -> list[dict[str, Any]]:
     names = job_names([path.name for path in paths.jobs.iterdir()] if paths.jobs.is_dir() else [])
-    units = systemd.show([f"{name}.service" for name in names], run)
+    units = systemd.show([f"{name}.service" for name in sorted({*names, DRIVER})], run)
     return [{"what": next((what for prefix, what in JOBS.items() if unit.name.startswith(prefix)), "job"),
              "pid": None, "unit": unit.name, "command": unit.description} for unit in units.values() if unit.busy]

@@ -14,24 +14,28 @@ import yaml
 from opsctl.bundle.closure import Closure
 from opsctl.bundle.private_apt import PrivateApt
 from opsctl.bundle.vendor_sources import FOLDER, VendorSource, described, read_vendor_sources
-from opsctl.engines.events import Emit
+from opsctl.engines.events import Emit, Note
 from opsctl.errors import RefusedError
 from opsctl.fleet.ansible_inventory import read_raw
 from opsctl.fleet.gpus import WantedDriver, wanted_drivers
 from opsctl.fleet.hosts import check_gpus
+from opsctl.fleet.inventory import stacks_in
 from opsctl.fleet.versions import check_versions, versions_as_text
 from opsctl.stack.driver import PIN, Names
 from opsctl.stack.fit import Flavour
 from opsctl.stack.index import Index, drivers_of, family, package_version, parse_index
+from opsctl.stack.lock import FILE
 from opsctl.stack.versions import nearest
 
 ROLE = "nvidia_driver"
 
 
 def driver_names(roles: Path) -> Names:
-    """The driver's packages by the role's defaults, which alone know them."""
-    defaults = yaml.safe_load((roles / ROLE / "defaults/main.yml").read_text(encoding="utf-8"))
-    return Names(*(tuple(defaults[f"{ROLE}_{key}"]) for key in ("exact", "open", "proprietary", "fabric", "own")))
+    """The driver's packages by the role's variables, which alone know them."""
+    known = {key: value for folder in ("defaults", "vars") for key, value in
+             yaml.safe_load((roles / ROLE / folder / "main.yml").read_text(encoding="utf-8")).items()}
+    return Names(*(tuple(known[f"{ROLE}_{key}"]) for key in
+                   ("exact", "open", "proprietary", "fabric", "own", "patterns")))
 
 
 def drivers_of_inventory(inventory: Path, names: Names) -> tuple[WantedDriver, ...]:
@@ -44,7 +48,10 @@ def drivers_of_inventory(inventory: Path, names: Names) -> tuple[WantedDriver, .
     for host, variables in hostvars.items():
         check_versions(host, variables, inventory)
         check_gpus(host, versions_as_text(variables), inventory)
-    return wanted_drivers({host: versions_as_text(variables) for host, variables in hostvars.items()}, names.own)
+    lock = inventory.parent / FILE
+    stacks = stacks_in(lock.read_text(encoding="utf-8") if lock.exists() else "", lock)
+    return wanted_drivers({host: {**stacks.get(host, {}), **versions_as_text(variables)}
+                           for host, variables in hostvars.items()}, names.own)
 
 
 def download_drivers(wanted: Sequence[WantedDriver], names: Names, fleet_directory: Path, emit: Emit
@@ -64,9 +71,13 @@ def download_drivers(wanted: Sequence[WantedDriver], names: Names, fleet_directo
                                 "vendor's repository")
     apt = PrivateApt(vendors)
     apt.update(emit)
-    index = parse_index(apt.index(lambda name: "nvidia" in name or "cuda" in name))
+    index = parse_index(apt.index(names.may_belong))
     closures = []
     for driver in wanted:
+        lacking = _lacking(driver, names.fabric, index)
+        if lacking:
+            emit(Note(f"the sources in {FOLDER} have no {', '.join(lacking)} {driver.version}: no bundled fabric "
+                      "manager for boards with NVSwitches", "warning"))
         for flavour in _flavours(driver, names, index, vendors):
             packages = _arguments(driver, flavour, names, index)
             debs = apt.resolve(packages)
@@ -81,7 +92,7 @@ def _flavours(driver: WantedDriver, names: Names, index: Index, vendors: Sequenc
     missing: list[str] = []
     for flavour in driver.flavours:
         roots = names.roots(flavour, fabric_manager=False)
-        lacking = [name for name in roots if not package_version(index, name, driver.version)]
+        lacking = _lacking(driver, roots, index)
         lacking += [name for name in (PIN + driver.version,) if name not in index]
         missing += lacking
         there += [] if lacking else [flavour]
@@ -96,8 +107,12 @@ def _flavours(driver: WantedDriver, names: Names, index: Index, vendors: Sequenc
         hint=f'nvidia_driver_version="{near[0]}", or another source' if near else "another version, or another source")
 
 
+def _lacking(driver: WantedDriver, roots: Sequence[str], index: Index) -> list[str]:
+    return [name for name in roots if not package_version(index, name, driver.version)]
+
+
 def _arguments(driver: WantedDriver, flavour: Flavour, names: Names, index: Index) -> tuple[str, ...]:
     """What apt is asked for: every member of the family with its exact version, or it would take the newest of some."""
-    fabric = all(package_version(index, name, driver.version) for name in names.fabric)
+    fabric = not _lacking(driver, names.fabric, index)
     members = family(index, names.roots(flavour, fabric_manager=fabric), driver.version)
     return (PIN + driver.version, *(f"{name}={version}" for name, version in members.items()), *driver.own)

@@ -85,7 +85,8 @@ class PrivateApt:
         self._program = require_program("apt-get", "apt", "it downloads the hosts' packages")
         self._whose = "this machine's package sources" + " and those in sources.d" * bool(vendors)
         text = render_deb822(_machine_sources())
-        known = text + "".join(vendor.render(Path("/")) + vendor.key.hex() for vendor in vendors)
+        # With the names too: of a file that was renamed, apt would read the old copy along and refuse both.
+        known = text + "".join(vendor.name + vendor.render(Path("/")) + vendor.key.hex() for vendor in vendors)
         self._root = cache_directory("apt", hashlib.sha256(known.encode()).hexdigest()[:12])
         self.archives = cache_directory("debs")
         for directory in (*(self._root / name for name in ("state/lists/partial", "sources", "keys", "none/partial")),

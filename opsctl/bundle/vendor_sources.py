@@ -6,6 +6,7 @@ because hosts install what comes from it as root.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,9 +24,13 @@ OFF = ("no", "false", "without", "off", "disable", "0")
 
 @dataclass(frozen=True)
 class VendorSource:
-    """One stanza. ``name``: its file's and its number; ``components``: none for a flat repository (``Suites: /``)."""
+    """One stanza. ``name``: its file's and its number, no other's; ``file``: the name that the operator wrote.
+
+    ``components``: none for a flat repository (``Suites: /``).
+    """
 
     name: str
+    file: str
     addresses: tuple[str, ...]
     suites: tuple[str, ...]
     components: tuple[str, ...]
@@ -63,7 +68,7 @@ def read_vendor_sources(fleet_directory: Path) -> tuple[VendorSource, ...]:
         for number, fields in enumerate(stanzas(text)):
             if fields.get("enabled", "yes").lower() in OFF or "deb" not in fields.get("types", "").split():
                 continue
-            found.append(_source(f"{path.stem}-{number}", fields, path, fleet_directory))
+            found.append(_source(f"{_plain(path.stem)}-{number}", fields, path, fleet_directory))
     return tuple(found)
 
 
@@ -73,14 +78,16 @@ def _source(name: str, fields: Mapping[str, str], path: Path, fleet_directory: P
             raise _wrong(path, f"has {key.title()}: {fields[key]}, and hosts install nothing that nobody signed",
                          "remove that line; Signed-By: names the vendor's key")
     addresses = tuple(re.sub("^file:", "copy:", address) for address in fields.get("uris", "").split())
-    if not addresses or not all(map(REMOTE_OR_FILE.match, addresses)):
-        raise _wrong(path, f"has URIs: {fields.get('uris', '')}, which is no address that apt can ask",
-                     "URIs: https://...")
+    strange = [_without_user(address) for address in addresses if not REMOTE_OR_FILE.match(address)]
+    if strange or not addresses:
+        has = f"URIs: {' '.join(strange)}, which is no address that apt can ask" if strange else \
+            "no URIs, which name where apt is to ask"
+        raise _wrong(path, f"has {has}", "URIs: https://...")
     suites, components = fields.get("suites", "").split(), fields.get("components", "").split()
     if not suites or any(suite.endswith("/") == bool(components) for suite in suites):
         raise _wrong(path, f"has Suites: {' '.join(suites)} and Components: {' '.join(components)}",
                      "Suites: / and no Components for a flat repository; else a suite and its components")
-    return VendorSource(_plain(name), addresses, tuple(suites), tuple(components),
+    return VendorSource(name, path.name, addresses, tuple(suites), tuple(components),
                         _key(fields.get("signed-by", ""), path, fleet_directory))
 
 
@@ -111,8 +118,16 @@ def _key(value: str, path: Path, fleet_directory: Path) -> bytes:
     return content
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]", "-", name)
+def _plain(stem: str) -> str:
+    """The stem as apt takes it for a file's name; a digest tells apart what would come to the same."""
+    plain = re.sub(r"[^A-Za-z0-9_-]", "-", stem)
+    return plain if plain == stem else f"{plain}-{hashlib.sha256(stem.encode()).hexdigest()[:8]}"
+
+
+def _without_user(address: str) -> str:
+    """The address without user and password, which are nobody's business in a log."""
+    scheme, slashes, rest = address.partition("//")
+    return f"{scheme}//{rest.rpartition('@')[2]}" if slashes else address.rpartition("@")[2]
 
 
 def _wrong(path: Path, problem: str, hint: str) -> ConfigurationError:
@@ -121,4 +136,4 @@ def _wrong(path: Path, problem: str, hint: str) -> ConfigurationError:
 
 def described(sources: Iterable[VendorSource]) -> str:
     """``vendor.sources, dcgm.sources``: the files, for a sentence."""
-    return ", ".join(dict.fromkeys(f"{source.name.rpartition('-')[0]}.sources" for source in sources))
+    return ", ".join(dict.fromkeys(source.file for source in sources))

@@ -59,9 +59,9 @@ def drain(
             states = gather(fleet, hosts)
         traffic.check_heard(states, chosen)
         effects = traffic.effect(fleet, states, chosen, weight)
-        speaker.say(_plan(fleet, chosen, states, effects, weight))
-        traffic.check(effects, allow_outage=allow_outage)
         owner = traffic.operator_owner()
+        speaker.say(_plan(fleet, chosen, states, effects, owner, weight))
+        traffic.check(effects, allow_outage=allow_outage)
         speaker.confirm(f"Drain {_counted(len(chosen))} as {owner}?", yes=yes)
         rows = traffic.drain(fleet, chosen, owner, weight, reason, speaker.emit)
         emptied = traffic.wait_until_empty(fleet, chosen, speaker.emit) if wait else []
@@ -76,9 +76,10 @@ def drain(
             "\n".join([*lines, f"undo: opsctl undrain {' '.join(targets)}"]))
 
 
-def _plan(fleet: Fleet, chosen: Sequence[Placement], states: Mapping[str, Any], effects: Sequence[Effect], weight: int
-          ) -> Group:
+def _plan(fleet: Fleet, chosen: Sequence[Placement], states: Mapping[str, Any], effects: Sequence[Effect], owner: str,
+          weight: int) -> Group:
     from opsctl.status import drain_words, rows
+    from opsctl.traffic import weight_then
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("host", "instance", "state", "in flight", "weight now", "then"):
@@ -89,9 +90,8 @@ def _plan(fleet: Fleet, chosen: Sequence[Placement], states: Mapping[str, Any], 
             continue
         drains = [one for one in states[row.host].get("drains", ()) if one["instance"] == row.instance]
         now = ", ".join(map(drain_words, drains)) or "100 %"
-        least = min([weight, *(int(one["weight"]) for one in drains)])
         flight = "" if row.running is None else f"{row.running} running, {row.waiting or 0} waiting"
-        table.add_row(row.host, row.instance, row.state, flight, now, f"{least} %")
+        table.add_row(row.host, row.instance, row.state, flight, now, f"{weight_then(drains, owner, weight)} %")
     words = [f"{one.service.name}: {one.serving} serving now, {one.remaining} then; min_serving "
              f"{one.service.min_serving}" for one in effects]
     return Group(table, *words)

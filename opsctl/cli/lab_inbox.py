@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated, Any
 
 import typer
@@ -11,9 +10,6 @@ from rich.text import Text
 
 from opsctl.cli.speak import AsJson, Debug, speaking
 from opsctl.errors import ExitCode, UsageError
-
-LOOK_EVERY_S = 0.5
-BOTH = ("webhook", "mail")
 
 
 def inbox(
@@ -33,32 +29,27 @@ def inbox(
     [dim]$ opsctl lab inbox --alert GpuThermalMarginLow --until firing[/dim]
     """
     with speaking("lab inbox", as_json=as_json, debug=debug) as speaker:
+        from opsctl.engines.events import Progress
         from opsctl.lab import inbox as inboxes
-        from opsctl.lab import laboratory, layers, state
+        from opsctl.lab import laboratory
 
-        if until not in ("", "firing", "resolved") or bool(until) > bool(alert):
+        if until not in ("", "firing", "resolved") or (until and not alert):
             raise UsageError("inbox.bad_until", f"--until {until} waits for firing or resolved, of one --alert.",
                              hint="opsctl lab inbox --alert GpuThermalMarginLow --until firing")
-        laboratory.require_root()
-        lab = state.find(name)
-        root = layers.root(lab.place(lab.machines[0]))
-        began = time.monotonic()
-        came = True
-        messages = inboxes.read(root)
-        with speaker.waiting(f"waiting for {alert} to be {until}" if until else "looking"):
-            while until and inboxes.last_statuses(messages, alert) != dict.fromkeys(BOTH, until):
-                if time.monotonic() - began > within:
-                    came = False
-                    break
-                time.sleep(LOOK_EVERY_S)
-                messages = inboxes.read(root)
-        waited_s = round(time.monotonic() - began, 1)
-        shown = [one for one in messages if not alert or inboxes.last_statuses([one], alert)]
+        machine, root = laboratory.inbox_of(name)
+
+        def tell(waited_s: float) -> None:
+            speaker.emit(Progress(f"waiting for {alert} to be {until}", int(waited_s), 0, "seconds", host=machine.name))
+
         if until:
-            shown = [found[-1] for by in BOTH if (found := [one for one in shown if one["by"] == by])]
-        speaker.result({"messages": shown, "waited_s": waited_s}, _render(shown),
-                       ExitCode.DONE if came else ExitCode.FOUND_WRONG)
-        if not came:
+            waited = inboxes.wait_for(root, alert, until, within, tell)
+            messages = inboxes.last_words(waited.messages, alert)
+        else:
+            waited = inboxes.Waited(inboxes.read(root), came=True, waited_s=0.0)
+            messages = inboxes.about(waited.messages, alert) if alert else waited.messages
+        speaker.result({"messages": messages, "waited_s": round(waited.waited_s, 1)}, _render(messages),
+                       ExitCode.DONE if waited.came else ExitCode.FOUND_WRONG)
+        if not waited.came:
             speaker.say(Text(f"{alert} was not {until} by webhook and mail within {within:g} s", "red"))
 
 

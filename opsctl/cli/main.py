@@ -7,6 +7,7 @@ import typer
 import opsctl
 from opsctl.cli import (
     bundle,
+    check,
     doctor,
     drain,
     execute,
@@ -25,6 +26,7 @@ from opsctl.cli import (
     resume,
     rollback,
     runs,
+    stack,
     stage,
     status,
     trust,
@@ -60,10 +62,12 @@ def _options(
 
 app.command("init")(init.init)
 app.command("trust")(trust.trust)
+app.command("check")(check.check)
 app.command("plan")(plan.plan)
 app.command("provision")(provision.provision)
 app.command("status")(status.status)
 app.command("verify")(verify.verify)
+app.add_typer(stack.app, name="stack")
 app.command("stage")(stage.stage)
 app.command("update-model")(update_model.update_model)
 app.command("rollback")(rollback.rollback)

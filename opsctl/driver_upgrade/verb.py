@@ -30,6 +30,7 @@ from opsctl.releases.remote import ask, unreachable
 from opsctl.releases.settling import settle
 from opsctl.releases.watch import OUT_OF_REACH
 from opsctl.runs.journal import Run
+from opsctl.stack.lock import FILE as LOCK
 from opsctl.stack.versions import is_driver_version
 
 Approve = Callable[[Plan], None]
@@ -90,7 +91,8 @@ def look(request: Request, log: Path, emit: Emit) -> Plan:
     emit(PhaseStarted(f"Look at {len(request.hosts)} hosts" if len(request.hosts) > 1 else
                       f"Look at {request.hosts[0].name}"))
     plans.check_inventory(request.hosts, request.to, {
-        host.name: place_of(fleet.inventory, host.name, VERSION) for host in request.hosts})
+        host.name: str(fleet.directory / LOCK) if VERSION in host.locked else
+        place_of(fleet.inventory, host.name, VERSION) for host in request.hosts})
     clashes(fleet)
     write_ssh_config(fleet)
     placements = place(fleet)
@@ -130,7 +132,7 @@ def upgrade_driver(request: Request, run: Run, emit: Emit, approve: Approve) -> 
         PausedError: not drained in time, not heard, this machine reboots; ``opsctl resume`` goes on.
     """
     log = run.directory / "ansible.log"
-    _settle(request, emit)
+    _settle(request, run, emit)
     plan = look(request, log, emit)
     if not plan.moves:
         return _document(request, run, plan, None)
@@ -151,7 +153,7 @@ def upgrade_driver(request: Request, run: Run, emit: Emit, approve: Approve) -> 
     return _document(request, run, plan, driven)
 
 
-def _settle(request: Request, emit: Emit) -> None:
+def _settle(request: Request, run: Run, emit: Emit) -> None:
     """Ends the drains that dead runs left, but those of hosts whose driver is being changed: they are still needed."""
     def changing(session: Session) -> bool:
         return look_with(session)["change"] is not None
@@ -159,7 +161,7 @@ def _settle(request: Request, emit: Emit) -> None:
     answers = on_each(request.fleet, request.hosts, changing)
     hosts = [host for host in request.hosts if answers[host.name] is False]
     for service in request.services:
-        settle(request.fleet, request.fleet.service(service), hosts, emit)
+        settle(request.fleet, request.fleet.service(service), hosts, run.check, emit)
 
 
 def _check_heard(request: Request, answers: Mapping[str, Any], emit: Emit) -> None:

@@ -37,8 +37,11 @@ READ = (
 
 
 def make_host(name: str, variables: Mapping[str, Any], groups: Sequence[str], inventory: Path,
-              locked: Sequence[gpu_lock.Gpu] | None = None) -> Host:
-    """The host that an inventory's variables describe. ``locked``: its GPUs in gpus.yml, None when it is not there.
+              known_gpus: Sequence[gpu_lock.Gpu] | None = None, stack: Mapping[str, Any] | None = None) -> Host:
+    """The host that an inventory's variables describe.
+
+    ``known_gpus``: those of gpus.yml, None when it is not there; ``stack``: the variables of its entry in stack.lock,
+    which stand where the inventory says nothing.
 
     Raises:
         ConfigurationError: ``inventory.*``; the message names file, line, key and value.
@@ -68,16 +71,17 @@ def make_host(name: str, variables: Mapping[str, Any], groups: Sequence[str], in
         identity_file=str(inventory.parent / Path(identity).expanduser()) if identity else "",
         proxy_jump=_text(name, variables, ("proxy_jump",), inventory) or jump, ssh_options=options,
         service_address=own["service_address"], management_address=own["management_address"],
-        gpus=_gpus(variables, locked), variables=dict(variables),
+        gpus=_gpus(variables, known_gpus), variables={**(stack or {}), **variables},
+        locked={key: value for key, value in (stack or {}).items() if key not in variables},
     )
 
 
-def _gpus(variables: Mapping[str, Any], locked: Sequence[gpu_lock.Gpu] | None) -> tuple[str, ...] | None:
+def _gpus(variables: Mapping[str, Any], known: Sequence[gpu_lock.Gpu] | None) -> tuple[str, ...] | None:
     """What the inventory names (a list, or text with commas), else what gpus.yml has."""
     written = gpus.listed(variables.get("gpu_uuids"))
-    if written or locked is None:
+    if written or known is None:
         return written or None
-    return tuple(gpu.uuid for gpu in locked)
+    return tuple(gpu.uuid for gpu in known)
 
 
 def check_gpus(name: str, variables: Mapping[str, Any], inventory: Path) -> None:

@@ -15,6 +15,8 @@ from opsctl.fleet.model import Fleet
 from opsctl.fleet.placements import clashes
 from opsctl.fleet.services import read_services
 from opsctl.fleet.versions import check_versions, holds_version, versions_as_text
+from opsctl.stack.lock import FILE as LOCK
+from opsctl.stack.lock import read
 
 # Variables of the whole fleet, in [all:vars], and what they may be: the first is the default.
 CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -42,14 +44,16 @@ def read_fleet(path: Path) -> Fleet:
         raise ConfigurationError("services.not_yaml", f"{services} is not UTF-8.", hint="save it as UTF-8") from None
     raw = read_raw(inventory)
     return fleet_from_ansible(raw.hostvars, raw.groups, services_text, inventory.parent, inventory,
-                              _text(inventory.parent / gpu_lock.NAME))
+                              _text(inventory.parent / gpu_lock.NAME, "gpus"),
+                              _text(inventory.parent / LOCK, "stack_lock"))
 
 
 def fleet_from_ansible(hostvars: Mapping[str, Mapping[str, Any]], groups: Mapping[str, Sequence[str]],
-                       services_text: str, directory: Path, inventory: Path, gpus_text: str = "") -> Fleet:
+                       services_text: str, directory: Path, inventory: Path, gpus_text: str = "",
+                       lock_text: str = "") -> Fleet:
     """The fleet from Ansible's variables of each host, its groups (each with all its hosts), and a services.yml's text.
 
-    ``gpus_text``: that of gpus.yml, empty where there is none yet.
+    ``gpus_text`` and ``lock_text``: those of gpus.yml and stack.lock, empty where there is none.
 
     Raises:
         ConfigurationError: as ``read_fleet``.
@@ -61,10 +65,11 @@ def fleet_from_ansible(hostvars: Mapping[str, Mapping[str, Any]], groups: Mappin
     services = read_services(services_text, directory / "services.yml")
     check_groups(tuple(hostvars), members, services, choices["load_balancer"], inventory, directory / "services.yml")
     gpus = gpu_lock.read(gpus_text, directory / gpu_lock.NAME)
+    stacks = stacks_in(lock_text, directory / LOCK)
     users = {group: inside for group, inside in members.items() if group not in ANSIBLES_OWN}
     hosts = tuple(
         make_host(name, versions_as_text(variables), [group for group in users if name in users[group]], inventory,
-                  gpus.get(name))
+                  gpus.get(name), stacks.get(name))
         for name, variables in hostvars.items())
     check_addresses(hosts, inventory)
     fleet = Fleet(directory=directory, inventory=inventory, hosts=hosts, services=services,
@@ -74,18 +79,27 @@ def fleet_from_ansible(hostvars: Mapping[str, Mapping[str, Any]], groups: Mappin
     return fleet
 
 
-def _text(path: Path) -> str:
+def stacks_in(text: str, path: Path) -> dict[str, Mapping[str, Any]]:
+    """By host, the variables that a stack.lock comes to.
+
+    Raises:
+        ConfigurationError: ``stack_lock.*``.
+    """
+    return {name: entry.variables() for name, entry in read(text, path).hosts.items()} if text else {}
+
+
+def _text(path: Path, code: str) -> str:
     """A file's text, empty when there is none.
 
     Raises:
-        ConfigurationError: ``gpus.not_yaml``.
+        ConfigurationError: ``<code>.not_yaml``.
     """
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return ""
     except UnicodeDecodeError:
-        raise ConfigurationError("gpus.not_yaml", f"{path} is not UTF-8.", hint="save it as UTF-8") from None
+        raise ConfigurationError(f"{code}.not_yaml", f"{path} is not UTF-8.", hint="save it as UTF-8") from None
 
 
 def is_read(variable: str) -> bool:

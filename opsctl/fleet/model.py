@@ -38,7 +38,8 @@ class Host:
     service_address: str = ""  # engines, load balancer, bundle
     management_address: str = ""  # agent and exporters
     gpus: tuple[str, ...] | None = None  # UUIDs in PCI bus order; None: nobody has written them down yet
-    variables: Mapping[str, Any] = field(default_factory=dict)
+    variables: Mapping[str, Any] = field(default_factory=dict)  # of the inventory, and ``locked`` where it is silent
+    locked: Mapping[str, Any] = field(default_factory=dict)  # what stack.lock says and the inventory does not
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,10 @@ class Fleet:
     @property
     def gpus_file(self) -> Path:
         return self.directory / "gpus.yml"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.directory / "stack.lock"
 
     @property
     def known_hosts(self) -> Path:

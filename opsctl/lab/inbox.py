@@ -11,6 +11,9 @@ import email
 import email.policy
 import json
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from email.message import EmailMessage
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from typing import Any
 WEBHOOK_PORT, SMTP_PORT = 8099, 8025
 KEPT = "var/log/opsctl-lab-inbox.ndjson"  # below the machine's root
 LIMIT = 1_000_000  # bytes of one message
+BOTH = ("webhook", "mail")
+LOOK_EVERY_S = 0.5
 PROGRAM, UNIT = "usr/local/lib/opsctl-lab-inbox.py", "opsctl-lab-inbox.service"
 UNIT_TEXT = f"""\
 # Written by opsctl lab up: the inbox of the person on call.
@@ -66,6 +71,42 @@ def read(root: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def about(messages: list[dict[str, Any]], alert: str) -> list[dict[str, Any]]:
+    """Those that tell of an alert. Pure."""
+    return [one for one in messages if last_statuses([one], alert)]
+
+
+def last_words(messages: list[dict[str, Any]], alert: str) -> list[dict[str, Any]]:
+    """The last that the webhook and the mail said of an alert, in this order. Pure."""
+    found = {one["by"]: one for one in about(messages, alert)}
+    return [found[by] for by in BOTH if by in found]
+
+
+@dataclass(frozen=True)
+class Waited:
+    """What the inbox had in the end, whether that is what was waited for, and how long that took."""
+
+    messages: list[dict[str, Any]]
+    came: bool
+    waited_s: float
+
+
+def wait_for(root: Path, alert: str, status: str, within_s: float, tell: Callable[[float], object]) -> Waited:
+    """Waits until webhook and mail last said ``status`` of an alert, ``within_s`` seconds at the most.
+
+    ``tell`` is called before each pause with the seconds that were waited.
+    """
+    began = time.monotonic()
+    while True:
+        messages = read(root)
+        waited_s = time.monotonic() - began
+        came = last_statuses(messages, alert) == dict.fromkeys(BOTH, status)
+        if came or waited_s > within_s:
+            return Waited(messages, came, waited_s)
+        tell(waited_s)
+        time.sleep(LOOK_EVERY_S)
 
 
 def install(root: Path) -> None:

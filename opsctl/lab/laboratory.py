@@ -328,6 +328,24 @@ def restore(name: str | None, label: str, emit: Emit) -> Lab:
     return _with_lab(name, put_back, emit)
 
 
+def inbox_of(name: str | None) -> tuple[Machine, Path]:
+    """The machine that has a lab's inbox, and its file system.
+
+    Raises:
+        RefusedError: ``lab.no_inbox``, ``lab.off``: nothing can arrive.
+    """
+    lab = state.find(name)
+    require_root()
+    found = [machine for machine in lab.machines if machines.has_inbox(lab, machine)]
+    if not found:
+        raise RefusedError("lab.no_inbox", f"the lab {lab.name} has no inbox: that comes with GPUs and a monitor.",
+                           hint="opsctl lab up --gpus 8xH200 --name ANOTHER makes a lab that has one")
+    if found[0].condition != "running":
+        raise RefusedError("lab.off", f"{found[0].name}, which has the inbox of the lab {lab.name}, is off.",
+                           hint=f"opsctl lab power-on {found[0].name} --name {lab.name}")
+    return found[0], layers.root(lab.place(found[0]))
+
+
 def describe(lab: Lab) -> dict[str, Any]:
     """The lab as ``status`` shows it; ``disk_bytes`` is what a machine's disk takes on this computer."""
     return {

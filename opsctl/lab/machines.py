@@ -102,7 +102,7 @@ def prepare(lab: Lab, machine: Machine, *, host_key: Path, login_key: str) -> Ma
     _write(home / ".ssh/authorized_keys", login_key, 0o600)
     for path in (home / ".ssh", home / ".ssh/authorized_keys"):
         os.chown(path, *owner)
-    if "monitor" in machine.groups and any(other.gpus for other in lab.machines):
+    if has_inbox(lab, machine):
         inbox.install(root)
     layers.sync(place)
     return replace(machine, prepared=True)
@@ -111,6 +111,11 @@ def prepare(lab: Lab, machine: Machine, *, host_key: Path, login_key: str) -> Ma
 def _write(path: Path, text: str, mode: int = 0o644) -> None:
     path.write_text(text)
     path.chmod(mode)
+
+
+def has_inbox(lab: Lab, machine: Machine) -> bool:
+    """Whether alerts are sent to it: it watches, and there are GPUs to be watched."""
+    return "monitor" in machine.groups and any(other.gpus for other in lab.machines)
 
 
 def boot(lab: Lab, machine: Machine) -> Machine:

@@ -20,6 +20,8 @@ from opsctl.releases.remote import ask
 
 HOOK = "load_balancer_hook"  # the inventory's variable
 HOOK_TIMEOUT_S = 60.0
+# until what came back gets requests: two good checks a second apart, after the agent said up
+ROTATION_S = 30.0
 
 
 class Balancers(Protocol):

@@ -22,6 +22,7 @@ from opsctl.engines.session import Session, on_each
 from opsctl.errors import MixedError, OpsctlError, PausedError, RefusedError, RolledBackError
 from opsctl.fleet.model import Fleet, Host, Service
 from opsctl.fleet.placements import gateway as gateway_of
+from opsctl.releases.balancers import ROTATION_S
 from opsctl.releases.books import Books, read_books, write_lines
 from opsctl.releases.ledger import Line, Wanted, tip, wanted
 from opsctl.releases.remote import ask, has_agent
@@ -29,8 +30,6 @@ from opsctl.releases.staging import allowed_signers, bring_to_gateway, verified
 from opsctl.releases.store import folders_of, releases_of
 from opsctl.releases.watch import watch
 from opsctl.status import SERVING, instance_state
-
-ROTATION_S = 20.0  # the load balancer checks each second and wants two good answers
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,13 @@ from typing import Any
 from opsctl.engines.events import Emit, Note, Progress
 from opsctl.errors import OpsctlError, PausedError
 from opsctl.fleet.model import Fleet
-from opsctl.releases.balancers import Balancers, balancers
+from opsctl.releases.balancers import ROTATION_S, Balancers, balancers
 from opsctl.runs.journal import nothing
 
 LEASE_S = 90.0  # of a drain; longer than a connection needs to notice that it is dead and to be made anew
 RENEW_S = 20.0
 LOOK_S = 2.0  # one question waits this long for the answer it would like
 HEARD_S = 10.0  # the agent is asked twice a second; a balancer that still sends after this has not heard it
-ROTATION_S = 30.0  # two good checks a second apart, after the agent said up
 LOST = ("lock.lost", "run.diverged")  # the run is somebody else's now: not even our own drain is touched any more
 
 Ask = Callable[[Sequence[str]], dict[str, Any]]

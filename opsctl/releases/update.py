@@ -148,7 +148,7 @@ def update_model(request: Request, run: Run, emit: Emit, approve: Approve) -> di
         MixedError: and not all could be brought back.
         PausedError: inconclusive, not drained in time, agent not heard; the same command again continues.
     """
-    settle(request.fleet, request.service, request.hosts, emit)
+    settle(request.fleet, request.service, request.hosts, run.check, emit)
     looked = look_forward(request, emit)
     plan, target = looked.plan, looked.plan.target
     if plan.moves:
@@ -170,7 +170,7 @@ def roll_back(request: Request, run: Run, emit: Emit, approve: Approve) -> dict[
 
     Raises: as ``update_model``.
     """
-    settle(request.fleet, request.service, request.hosts, emit)
+    settle(request.fleet, request.service, request.hosts, run.check, emit)
     looked = look_back(request, emit)
     plan, target = looked.plan, looked.plan.target
     if plan.moves:

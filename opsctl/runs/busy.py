@@ -1,4 +1,4 @@
-"""Waits for what an earlier controller left on hosts: a module of Ansible's, a busy dpkg, a cutover.
+"""Waits for what an earlier controller left on hosts: a module of Ansible's, a busy dpkg, a driver's change, a cutover.
 
 A killed controller's connection breaks, and what it had begun there ends when it ends. Nobody kills it: half an
 installation is worse than a late one.
@@ -18,20 +18,25 @@ from opsctl.runs.locking import Locks
 from opsctl.runs.place import Place
 
 PATIENCE_S = 600.0
-LONGER_S = {"cutover": 7200.0}  # it has deadlines of its own, and a large model takes long to load
+LONGER_S = {
+    "cutover": 7200.0,  # it has deadlines of its own, and a large model takes long to load
+    "driver": 1800.0,  # it builds a kernel module; so long the role nvidia_driver waits too
+}
 LOOK_EVERY_S = 2.0
 TIMEOUT_S = 15.0
-MODULES = ["pgrep", "-af", "[A]nsiballZ_"]  # the brackets: pgrep must not find itself, nor the sudo before it
+DRIVER = "/opsctl/driver-transaction"
+# The brackets: pgrep must not find itself, nor the sudo before it.
+MODULES = ["pgrep", "-af", "[A]nsiballZ_|/opsctl/[d]river-transaction"]
 
 Clock = Callable[[], float]
 
 
 def wait_until_idle(locks: Locks, kinds: Collection[str], emit: Emit, check: Callable[[], None],
                     clock: Clock = time.monotonic, pause: Callable[[float], object] = time.sleep) -> None:
-    """Until nothing of ``kinds`` (``dpkg``, ``ansible``, ``cutover``) runs on any host that is locked.
+    """Until nothing of ``kinds`` (``dpkg``, ``ansible``, ``driver``, ``cutover``) runs on any host that is locked.
 
     Raises:
-        PausedError: ``host.busy``: after ten minutes something still does; a cutover has two hours.
+        PausedError: ``host.busy``: after ten minutes something still does; a driver has half an hour, a cutover two.
     """
     began = clock()
     told: set[str] = set()
@@ -53,7 +58,7 @@ def wait_until_idle(locks: Locks, kinds: Collection[str], emit: Emit, check: Cal
 
 
 def look(locks: Locks, kinds: Collection[str]) -> dict[str, dict[str, Any]]:
-    """By host, the first thing that keeps it busy. A host that does not answer is not waited for."""
+    """By host, one thing that keeps it busy. A host that does not answer is not waited for."""
     found: dict[str, dict[str, Any]] = {}
 
     def one(place: Place) -> None:
@@ -64,8 +69,8 @@ def look(locks: Locks, kinds: Collection[str]) -> dict[str, dict[str, Any]]:
                 return
             busy = _without_agent(place)
         wanted = [what for what in busy if what["what"] in kinds]
-        if wanted:
-            found[place.host.name] = wanted[0]
+        if wanted:  # Ansible's task that began a driver's change waits for it: the change has the longer patience
+            found[place.host.name] = next((what for what in wanted if what["what"] == "driver"), wanted[0])
 
     locks.on_hosts(one)
     return found
@@ -76,12 +81,14 @@ def _without_agent(place: Place) -> list[dict[str, Any]]:
         seen = place.session.run(MODULES, timeout_s=TIMEOUT_S)
     except OpsctlError:
         return []
-    return [{"what": "ansible", "pid": int(line.split()[0]), "unit": "", "command": line.partition(" ")[2]}
-            for line in seen.stdout.splitlines() if line[:1].isdigit()]
+    lines = [line.partition(" ") for line in seen.stdout.splitlines() if line[:1].isdigit()]
+    return [{"what": "driver" if DRIVER in command else "ansible", "pid": int(pid), "unit": "", "command": command}
+            for pid, _, command in lines]
 
 
 def _words(what: dict[str, Any]) -> str:
     kinds = {"dpkg": "packages are being installed", "ansible": "a task of an earlier provision",
+             "driver": "a change of the driver that an earlier provision began",
              "cutover": "a cutover that an earlier run began"}
     pid = f" (process {what['pid']})" if what.get("pid") else ""
     return f"{kinds.get(what['what'], what['what'])}{pid}"

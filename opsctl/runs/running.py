@@ -32,8 +32,8 @@ from opsctl.runs.locking import LOST, Locks
 
 PROVISION, ROLLBACK, STAGE = "provision", judge.ROLLBACK, judge.STAGE
 WAITS_FOR: Mapping[str, tuple[str, ...]] = {
-    PROVISION: ("dpkg", "ansible", "cutover"), judge.UPDATE: ("ansible", "cutover"), ROLLBACK: ("ansible", "cutover"),
-    "upgrade-driver": ("dpkg", "ansible", "cutover")}
+    PROVISION: ("dpkg", "ansible", "driver", "cutover"), judge.UPDATE: ("ansible", "driver", "cutover"),
+    ROLLBACK: ("ansible", "driver", "cutover"), "upgrade-driver": ("dpkg", "ansible", "driver", "cutover")}
 DECLINED = "declined"
 
 

@@ -35,6 +35,7 @@ class Line:
     first_python: str
     last_python: str
     glibc: str
+    first_capability: str
     source: str
 
 

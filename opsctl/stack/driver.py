@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from opsctl.errors import RefusedError
@@ -24,30 +25,41 @@ Change = Literal["install", "up", "down", "flavour", "mend", "none"]
 
 @dataclass(frozen=True)
 class Names:
-    """The role's package names: of the driver's exact version, the two kernel modules, the fabric manager, others."""
+    """The role's package names: of the driver's exact version, the two kernel modules, the fabric manager, others.
+
+    ``patterns``: what else belongs to a driver, as ``dpkg-query`` and ``fnmatch`` read it.
+    """
 
     exact: tuple[str, ...]
     open: tuple[str, ...]
     proprietary: tuple[str, ...]
     fabric: tuple[str, ...]
     own: tuple[str, ...] = ()  # with versions of their own
+    patterns: tuple[str, ...] = ()
 
     def roots(self, flavour: Flavour, *, fabric_manager: bool) -> tuple[str, ...]:
         module = self.open if flavour == "open" else self.proprietary
         return (*self.exact, *module, *(self.fabric if fabric_manager else ()))
+
+    def may_belong(self, name: str) -> bool:
+        """Whether a package of this name may be a driver's; its version tells."""
+        known = (*self.exact, *self.open, *self.proprietary, *self.fabric, *self.patterns)
+        return any(fnmatchcase(name, pattern) for pattern in known)
 
 
 @dataclass(frozen=True)
 class Seen:
     """What a host has. ``gpus``: PCI device ids; ``installed``: driver packages and their versions; ``held``: names.
 
-    ``loaded``: the kernel module's version, empty when none is; ``serving``: active instances; ``dpkg``: who holds
-    its lock; ``kernel``: the one that runs; ``headers``: whether those of it are there.
+    ``states``: of those that are not installed whole, dpkg's word for it: a module that did not build leaves
+    ``half-configured``. ``loaded``: the kernel module's version, empty when none is; ``serving``: active instances;
+    ``dpkg``: who holds its lock; ``kernel``: the one that runs; ``headers``: whether those of it are there.
     """
 
     gpus: tuple[str, ...]
     switches: int = 0
     installed: Mapping[str, str] | None = None
+    states: Mapping[str, str] | None = None
     held: frozenset[str] = frozenset()
     loaded: str = ""
     serving: tuple[str, ...] = ()
@@ -139,14 +151,15 @@ def exact_packages(host: str, index: Index, roots: Sequence[str], version: str) 
 def course(want: Desired, seen: Seen, index: Index) -> Course:
     """What is to be done on a host, in order; nothing when it has all that it is to have."""
     installed = dict(seen.installed or {})
+    whole = {name: version for name, version in installed.items() if name not in (seen.states or {})}
     pins = sorted(name for name in installed if name.startswith(PIN))
     transactions = []
-    if pins != [want.pin]:
+    if pins != [want.pin] or want.pin not in whole:
         transactions.append(Transaction("pin", (want.pin,), tuple(name for name in pins if name != want.pin)))
     packages = {**want.packages, **followers(want, installed, index)}
-    gone = tuple(name for name in members(installed) if name not in packages)
-    own = tuple(name for name in want.own if name not in installed)
-    if gone or own or any(installed.get(name) != version for name, version in packages.items()):
+    gone = leavers(want, installed, packages)
+    own = tuple(name for name in want.own if name not in whole)
+    if gone or own or any(whole.get(name) != version for name, version in packages.items()):
         exact = tuple(f"{name}={version}" for name, version in packages.items())
         transactions.append(Transaction("driver", (*exact, *own), gone))
     # apt takes the hold off each held package that it is told to change (seen on apt 2.6), so all are held anew.
@@ -155,24 +168,39 @@ def course(want: Desired, seen: Seen, index: Index) -> Course:
                   seen.loaded != want.version)
 
 
-def members(installed: Mapping[str, str]) -> tuple[str, ...]:
-    """The driver's packages among the installed ones, by their versions; pins are none of them."""
-    return tuple(name for name, version in installed.items() if driver_in(version) and not name.startswith(PIN))
+def members(want: Desired, installed: Mapping[str, str]) -> tuple[str, ...]:
+    """The driver's packages among the installed ones, by their versions, whole or not.
+
+    Pins are none of them, and what has a version of its own is none: ``nvlsm`` 2025.03.1 only looks like one.
+    """
+    return tuple(name for name, version in installed.items()
+                 if driver_in(version) and not name.startswith(PIN) and name not in want.own)
+
+
+def unwanted(want: Desired, name: str) -> bool:
+    """Whether it must not be beside what is wanted: the other kernel module, a fabric manager without a fabric."""
+    fabric = name.startswith("nvidia-fabricmanager") and not want.fabric_manager
+    return name not in want.packages and ("-dkms" in name or fabric)
 
 
 def followers(want: Desired, installed: Mapping[str, str], index: Index) -> dict[str, str]:
-    """Installed packages of the driver that nobody asked for, and that the wanted version has too: they move along.
+    """Installed packages of the driver that nobody asked for, and that the wanted version has too: they move along."""
+    return {name: version for name in members(want, installed) if name not in want.packages
+            and not unwanted(want, name) and (version := package_version(index, name, want.version))}
 
-    The other kernel module and an unneeded fabric manager are no such thing.
+
+def leavers(want: Desired, installed: Mapping[str, str], packages: Mapping[str, str]) -> tuple[str, ...]:
+    """What goes: the unwanted, and what only another version of the driver has.
+
+    What has the wanted version already stays, though the index does not know it: its source may be switched off.
     """
-    unwanted = {name for name in installed if ("-dkms" in name) or (name.startswith("nvidia-fabricmanager"))}
-    return {name: version for name in members(installed) if name not in want.packages and name not in unwanted
-            and (version := package_version(index, name, want.version))}
+    return tuple(name for name in members(want, installed) if name not in packages
+                 and (unwanted(want, name) or driver_in(installed[name]) != want.version))
 
 
 def change_of(want: Desired, installed: Mapping[str, str], pending: bool) -> Change:
     """What it is to a person: the first driver, a newer or older one, the other module, something mended, nothing."""
-    there = [driver_in(installed[name]) for name in members(installed)]
+    there = [driver_in(installed[name]) for name in members(want, installed)]
     if not there:
         return "install"
     oldest, newest = min(there, key=order_of), max(there, key=order_of)
@@ -194,8 +222,9 @@ def check_idle(host: str, what: Course, seen: Seen) -> None:
     """
     if what.transactions and seen.dpkg:
         raise RefusedError("driver.dpkg_busy", f"{host}: {seen.dpkg} holds dpkg's lock.", hint="wait until it is done")
-    first = what.change == "install"
-    if seen.serving and not first and (what.change in ("up", "down", "flavour") or what.load):
+    # Without a package there may be the driver of another installer, whose libraries the instances have open.
+    first = what.change == "install" and not seen.loaded
+    if seen.serving and not first and (what.change not in ("mend", "none") or what.load):
         units = " ".join(seen.serving)
         raise RefusedError("driver.serving", f"{host} serves ({', '.join(seen.serving)}), and a driver is not changed "
                            "under running instances.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import cache
 
 DRIVER_VERSION = re.compile(r"\d{3,4}\.\d{1,3}(?:\.\d{1,3})?")
 PACKAGE_VERSION = re.compile(r"(?:\d+:)?(?P<driver>\d{3,4}\.\d{1,3}(?:\.\d{1,3})?)(?:-[A-Za-z0-9.+~]+)?")
@@ -20,6 +21,7 @@ def driver_in(package_version: str) -> str:
     return match["driver"] if match else ""
 
 
+@cache
 def order_of(driver: str) -> tuple[int, ...]:
     """What driver versions are sorted by: 580.95.05 is older than 580.126.09."""
     return tuple(int(part) for part in driver.split("."))

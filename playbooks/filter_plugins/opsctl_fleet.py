@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opsctl.fleet import gpu_lock, monitoring
+from opsctl.fleet import gpu_lock, gpus, monitoring
 from opsctl.fleet.inventory import fleet_from_ansible, is_read
 from opsctl.fleet.model import (
     AGENT_CHECK_PORT,
@@ -24,6 +24,7 @@ from opsctl.fleet.model import (
     PROMETHEUS_PORT,
 )
 from opsctl.fleet.placements import backends, gateway, gateway_url, place, undealt, with_gpus
+from opsctl.role_tasks import defaults_of
 
 DOCUMENTATION = r"""
 name: opsctl_fleet
@@ -53,13 +54,17 @@ options:
     description: The text of gpus.yml; empty where there is none.
     type: str
     default: ""
+  lock_text:
+    description: The text of stack.lock; empty where there is none.
+    type: str
+    default: ""
 """
 
 RETURN = r"""
 _value:
   description: >-
     placements (a list for each host), backends (one for each service), gateway_url, gateway_host, bundle_port,
-    gpus (UUIDs of each host), with_gpus and undealt (names),
+    gpus (UUIDs of each host), drivers (variables of nvidia_driver for each host), with_gpus and undealt (names),
     agent_check_port, package_source, load_balancer, host_addresses, monitoring (jobs, alertmanagers, cluster_peers,
     node_exporter_port, ports).
   type: dict
@@ -67,19 +72,23 @@ _value:
 
 
 def opsctl_fleet(groups: Mapping[str, Any], hostvars: Mapping[str, Any], services_text: str, inventory_dir: str,
-                 gpus_text: str = "") -> dict[str, Any]:
+                 gpus_text: str = "", lock_text: str = "") -> dict[str, Any]:
     """Plain data for roles and templates; an error of the fleet's is the task's error, in one sentence."""
     directory = Path(plain(inventory_dir))
     variables = {plain(host): {plain(key): plain(hostvars[host][key]) for key in hostvars[host] if is_read(key)}
                  for host in groups["all"]}
     fleet = fleet_from_ansible(variables, plain(groups), plain(services_text), directory, directory / "inventory.ini",
-                               plain(gpus_text))
+                               plain(gpus_text), plain(lock_text))
     placements = place(fleet)
+    defaults = defaults_of("nvidia_driver")
+    drivers = {key: defaults[key] for key in (gpus.VERSION, gpus.FLAVOUR, gpus.FABRIC_MANAGER, gpus.OWN)}
     return {
         "placements": {host.name: [dataclasses.asdict(placement) | {"gpus": list(placement.gpus)}
                                    for placement in placements if placement.host == host.name] for host in fleet.hosts},
         "backends": backends(fleet),
         "gpus": {host.name: list(host.gpus or ()) for host in fleet.hosts},
+        "drivers": {host.name: {key: host.variables.get(key, default) for key, default in drivers.items()}
+                    for host in fleet.hosts},
         "with_gpus": [host.name for host in with_gpus(fleet)],
         "undealt": [host.name for host in undealt(fleet)],
         "gateway_url": gateway_url(fleet),

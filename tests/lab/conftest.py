@@ -11,6 +11,7 @@ import shlex
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,18 @@ def unwatched(fleet: Path) -> None:
     text = inventory.read_text()
     assert "[monitor]\nops-1\n\n" in text
     inventory.write_text(text.replace("[monitor]\nops-1\n\n", ""))
+
+
+@contextmanager
+def lab_of_a_module(name: str, gpu_hosts: int, directory: Path, gpus: str | None = None) -> Iterator[LabFleet]:
+    """A lab beside the shared one, for all tests of one file; gone at the end, also when what is done to it fails."""
+    laboratory.down(name, keep_fleet=False, emit=discard)  # of a run that was killed
+    try:
+        lab = laboratory.up(name, gpu_hosts, directory, None, discard, gpus).lab
+        yield LabFleet(name, lab.fleet, tuple(machine.name for machine in lab.machines))
+    finally:
+        if state.exists(name):
+            laboratory.down(name, keep_fleet=False, emit=discard)
 
 
 def missing() -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from command import opsctl, succeeds
-from conftest import NAME, LabFleet, unwatched
+from conftest import NAME, LabFleet, lab_of_a_module, unwatched
 from test_crashes import POINTS
 
 from opsctl.engines.events import discard
@@ -154,11 +154,8 @@ class Fleet:
 def fleet(computer: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     name = f"{NAME}-fault"
     directory = tmp_path_factory.mktemp("faults") / "fleet"
-    laboratory.down(name, keep_fleet=False, emit=discard)
-    try:
-        lab = laboratory.up(name, 2, directory, None, discard).lab
-        unwatched(lab.fleet)
-        found = LabFleet(name, lab.fleet, tuple(machine.name for machine in lab.machines))
+    with lab_of_a_module(name, 2, directory) as found:
+        unwatched(found.directory)
         succeeds("bundle", "build", inventory=found.inventory)
         for version, size in (("v1", "small"), ("v2", "mid")):
             write_model(directory / f"{version}.gguf", size)
@@ -169,9 +166,6 @@ def fleet(computer: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         succeeds("stage", "--version", "v2", inventory=found.inventory)
         laboratory.snapshot(name, "staged", discard)
         yield Fleet(found)
-    finally:
-        if state.exists(name):
-            laboratory.down(name, keep_fleet=False, emit=discard)
 
 
 def reached(fleet: Fleet, state: str) -> Callable[[], None]:

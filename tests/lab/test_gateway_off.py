@@ -7,11 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 from command import opsctl, refused, succeeds
-from conftest import NAME, LabFleet, unwatched
+from conftest import NAME, LabFleet, lab_of_a_module, unwatched
 
-from opsctl.engines.events import discard
 from opsctl.fleet.inventory import read_fleet
-from opsctl.lab import laboratory, state
 from opsctl.lab.load import Load, target
 from opsctl.lab.model import write_model
 from opsctl.releases.remote import HOST_PROGRAM
@@ -26,11 +24,8 @@ def apart(computer: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """ops-1 balances, gpu-3 is the gateway, gpu-1 and gpu-2 serve v2 and have v1."""
     name = f"{NAME}-gw"
     directory = tmp_path_factory.mktemp("apart") / "fleet"
-    laboratory.down(name, keep_fleet=False, emit=discard)
-    try:
-        lab = laboratory.up(name, 3, directory, None, discard).lab
-        unwatched(lab.fleet)
-        fleet = LabFleet(name, lab.fleet, tuple(machine.name for machine in lab.machines))
+    with lab_of_a_module(name, 3, directory) as fleet:
+        unwatched(fleet.directory)
         text = fleet.inventory.read_text()
         (line,) = [line for line in text.splitlines() if line.startswith(f"{GATEWAY} ")]
         fleet.inventory.write_text(text.replace(f"{line}\n", "").replace("[gateway]\nops-1\n", f"[gateway]\n{line}\n"))
@@ -42,9 +37,6 @@ def apart(computer: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         succeeds("provision", inventory=fleet.inventory)
         succeeds("update-model", "--version", "v2", "--yes", "--min-speed", "0", inventory=fleet.inventory)
         yield fleet
-    finally:
-        if state.exists(name):
-            laboratory.down(name, keep_fleet=False, emit=discard)
 
 
 def releases(lab: LabFleet) -> list[str]:

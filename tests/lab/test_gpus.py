@@ -12,13 +12,12 @@ from typing import Any
 import fingerprint
 import pytest
 from command import opsctl, refused, succeeds
-from conftest import NAME, LabFleet
+from conftest import NAME, LabFleet, lab_of_a_module
 
-from opsctl.engines.events import discard
 from opsctl.errors import ExitCode
 from opsctl.fleet import gpu_lock
 from opsctl.fleet.inventory import read_fleet
-from opsctl.lab import inbox, laboratory, layers, state
+from opsctl.lab import inbox, layers, state
 from opsctl.lab.load import Load, target
 from opsctl.lab.model import write_model
 from opsctl.releases.remote import HOST_PROGRAM
@@ -35,19 +34,13 @@ def gpus(computer: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
     """gpu-1 has two H200 on a board with NVSwitches, gpu-2 two L40S; they serve, and ops-1 watches them."""
     name = f"{NAME}-gpu"
     directory = tmp_path_factory.mktemp("gpus") / "fleet"
-    laboratory.down(name, keep_fleet=False, emit=discard)
-    try:
-        lab = laboratory.up(name, 2, directory, None, discard, "gpu-1=2xH200,gpu-2=2xL40S").lab
-        fleet = LabFleet(name, lab.fleet, tuple(machine.name for machine in lab.machines))
+    with lab_of_a_module(name, 2, directory, "gpu-1=2xH200,gpu-2=2xL40S") as fleet:
         succeeds("bundle", "build", inventory=fleet.inventory)
         write_model(directory / "v1.gguf", "mid")
         succeeds("model", "import", directory / "v1.gguf", "--service", "chat", "--version", "v1", "--set", "threads=1",
                  "--set", "parallel=4", "--set", "max_model_len=512", inventory=fleet.inventory)
         succeeds("provision", inventory=fleet.inventory)
         yield fleet
-    finally:
-        if state.exists(name):
-            laboratory.down(name, keep_fleet=False, emit=discard)
 
 
 def root_of(fleet: LabFleet, host: str) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from command import opsctl, succeeds
-from conftest import NAME, LabFleet, unwatched
+from conftest import NAME, LabFleet, lab_of_a_module, unwatched
 from under_load import (
     LEAST_IN_FLIGHT,
     DrainWatch,
@@ -30,8 +30,6 @@ from under_load import (
     without_server_state,
 )
 
-from opsctl.engines.events import discard
-from opsctl.lab import laboratory, state
 from opsctl.lab.load import Load
 from opsctl.releases.remote import HOST_PROGRAM
 from opsctl.releases.store import find
@@ -53,20 +51,14 @@ def busy(computer: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
     """Three hosts that serve v1 of the slow model; v2 lies in the bundle."""
     name = f"{NAME}-load"
     directory = tmp_path_factory.mktemp("busy") / "fleet"
-    laboratory.down(name, keep_fleet=False, emit=discard)  # of a run that was killed
-    try:
-        lab = laboratory.up(name, GPU_HOSTS, directory, None, discard).lab
-        unwatched(lab.fleet)
-        fleet = LabFleet(name, directory, tuple(machine.name for machine in lab.machines))
+    with lab_of_a_module(name, GPU_HOSTS, directory) as fleet:
+        unwatched(fleet.directory)
         succeeds("bundle", "build", inventory=fleet.inventory)
         import_slow(fleet, "v1", seed=0)
         be_nice(fleet)
         succeeds("provision", inventory=fleet.inventory)
         import_slow(fleet, "v2", seed=1)
         yield fleet
-    finally:
-        if state.exists(name):
-            laboratory.down(name, keep_fleet=False, emit=discard)
 
 
 def release(lab: LabFleet, version: str) -> str:

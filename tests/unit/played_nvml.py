@@ -2,6 +2,7 @@
 
 ``python played_nvml.py ORDERS LOCK`` runs the real reader on it; ORDERS is a JSON file, read at every call:
 ``{"hang": "nvmlDeviceGetPowerUsage", "lost": [1], "xids": [[0, 79], ...], "answers": {...}, "init": 9, "gpus": 2}``.
+``"unknown": [1]``: a GPU that answers every question, or those of ``unknown_names``, with NVML_ERROR_UNKNOWN.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-NOT_SUPPORTED, GPU_IS_LOST, TIMEOUT, FUNCTION_NOT_FOUND = 3, 15, 10, 13
+NOT_SUPPORTED, GPU_IS_LOST, TIMEOUT, FUNCTION_NOT_FOUND, UNKNOWN = 3, 15, 10, 13, 999
 MIB = 1024 * 1024
 H200: dict[str, Any] = {
     "nvmlDeviceGetName": "NVIDIA H200", "nvmlDeviceGetSerial": "165000", "nvmlDeviceGetVbiosVersion": "96.00.B7",
@@ -79,6 +80,11 @@ class Played:
         gpu = arguments[0].value - 1 if arguments and isinstance(arguments[0], ctypes.c_void_p) else None
         if gpu is not None and gpu in self.orders.get("lost", ()):
             raise NVMLError(GPU_IS_LOST)
+        about = arguments[0] if name == "nvmlDeviceGetHandleByIndex" else gpu
+        names = self.orders.get("unknown_names", [])
+        if (name == "nvmlDeviceGetCount" and name in names) or (
+                about in self.orders.get("unknown", ()) and (name in names or (gpu is not None and not names))):
+            raise NVMLError(UNKNOWN)
         known = {**H200, **self.orders.get("answers", {})}
         if known.get(name, 0) in ("missing", None):
             raise NVMLError(FUNCTION_NOT_FOUND if known[name] == "missing" else NOT_SUPPORTED)

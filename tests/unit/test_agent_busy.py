@@ -122,18 +122,34 @@ def test_jobs_that_run_and_those_that_ended(host: Paths) -> None:
     """One that has just begun has its lock alone, and no status yet."""
     names = [".opsctl-x.json.abc", "opsctl-cutover@chat.0.lock", "opsctl-cutover@chat.1.json",
              "opsctl-cutover@chat.1.lock", "opsctl-stage-chat_v2-b.lock", "opsctl-stage-chat_v2-b.rate-limit",
-             "opsctl-driver.lock"]
+             "opsctl-other.lock"]
     for name in names:
         (host.jobs / name).touch()
-    assert job_names(names) == ["opsctl-cutover@chat.0", "opsctl-cutover@chat.1", "opsctl-driver",
+    assert job_names(names) == ["opsctl-cutover@chat.0", "opsctl-cutover@chat.1", "opsctl-other",
                                 "opsctl-stage-chat_v2-b"]
     units = Systemd({"opsctl-cutover@chat.0.service": "active", "opsctl-stage-chat_v2-b.service": "activating",
-                     "opsctl-driver.service": "deactivating"},
+                     "opsctl-other.service": "deactivating"},
                     about={"opsctl-cutover@chat.0.service": "opsctl work-cutover chat.0"})
     told = [(one["what"], one["unit"], one["pid"]) for one in busy(host, units) if one["what"] != "ansible"]
-    assert told == [("cutover", "opsctl-cutover@chat.0.service", None), ("job", "opsctl-driver.service", None),
+    assert told == [("cutover", "opsctl-cutover@chat.0.service", None), ("job", "opsctl-other.service", None),
                     ("stage", "opsctl-stage-chat_v2-b.service", None)]
     assert busy(host, units)[-3]["command"] == "opsctl work-cutover chat.0"
+
+
+def test_a_change_of_the_driver_has_no_file_among_the_jobs(host: Paths) -> None:
+    """The role nvidia_driver starts it, and the unit outlives who did."""
+    units = Systemd({"opsctl-driver.service": "active"}, about={"opsctl-driver.service": "driver-transaction"})
+    told = [one for one in busy(host, units) if one["what"] != "ansible"]
+    assert told == [{"what": "driver", "pid": None, "unit": "opsctl-driver.service", "command": "driver-transaction"}]
+    assert [one for one in busy(host, Systemd()) if one["what"] != "ansible"] == []
+
+
+def test_a_driver_that_holds_dpkg_is_told_as_that(host: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(busy_module, "unit_of", lambda cgroup: "opsctl-driver.service")
+    with running(sys.executable, "-c", LOCKS, str(host.root / "var/lib/dpkg/lock")):
+        told = [one["what"] for one in busy(host, Systemd({"opsctl-driver.service": "active"}))]
+    assert "driver" in told
+    assert "dpkg" not in told
 
 
 def test_a_systemd_that_does_not_answer_is_no_idle_host(host: Paths) -> None:
@@ -145,7 +161,8 @@ def test_a_systemd_that_does_not_answer_is_no_idle_host(host: Paths) -> None:
         busy(host, silent)
 
 
-def test_the_verb_on_a_host_that_never_had_a_job(tmp_path: Path) -> None:
+def test_the_verb_on_a_host_that_never_had_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(busy, "__defaults__", (Systemd(), busy_module.PROCESSES))  # there may be none here
     done = Machine(Paths(tmp_path), "gpu-1").run(["opsctl-host", "busy"])
     assert done.returncode == 0
     assert [one for one in json.loads(done.stdout)["busy"] if one["what"] != "ansible"] == []

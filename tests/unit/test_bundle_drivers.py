@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType, ModuleType
 
 import pytest
 
@@ -18,12 +21,12 @@ from opsctl.bundle.keys import checking, dearmor, make_bundle_key, signing
 from opsctl.bundle.process import run
 from opsctl.bundle.repository import write_repository
 from opsctl.bundle.sums import digest
-from opsctl.bundle.vendor_sources import read_vendor_sources
-from opsctl.engines.events import discard
+from opsctl.bundle.vendor_sources import described, read_vendor_sources
+from opsctl.engines.events import Event, Note, discard
 from opsctl.errors import ConfigurationError, RefusedError
 from opsctl.fleet.gpus import WantedDriver
 from opsctl.resources import resource
-from opsctl.stack.driver import Course, Seen, course, desired
+from opsctl.stack.driver import Course, Seen, Transaction, course, desired
 from opsctl.stack.fit import Wish
 from opsctl.stack.index import parse_index
 
@@ -48,7 +51,8 @@ def vendor_packages() -> list[tuple[str, str, str]]:
             *((name, version, f"Conflicts: {without}\nDepends: nvidia-modprobe (>= 352), build-tool\n")
               for name, without in other.items()),
             *((name, version, "") for name in ("libcuda1", "nvidia-modprobe", "nvidia-persistenced")),
-            ("nvidia-fabricmanager", version, f"Depends: nvidia-driver-cuda (= {version})\n"),
+            ("libnvsdm", version, ""),
+            ("nvidia-fabricmanager", version, f"Depends: nvidia-driver-cuda (= {version}), libnvsdm (= {version})\n"),
         ]
     return found
 
@@ -143,7 +147,7 @@ def test_a_fleet_without_drivers_gets_what_it_always_got(site: Site) -> None:
 
 def test_both_versions_lie_side_by_side_with_what_they_need(site: Site) -> None:
     site.build(BOTH)
-    family = {"nvidia-fabricmanager", *HOLDABLE}
+    family = {"nvidia-fabricmanager", "libnvsdm", *HOLDABLE}
     assert site.pool() == {
         "tiny_1_amd64.deb", "build-tool_12_amd64.deb", "linux-headers-amd64_6.1_amd64.deb",
         *(f"nvidia-driver-pinning-{version}_{version}-1+test_amd64.deb" for version in VERSIONS),
@@ -240,42 +244,57 @@ class Machine:
         (self._root / "sources/opsctl.sources").write_text(
             f"Types: deb\nURIs: file:{site.fleet / 'bundle/apt'}\nSuites: bookworm\nComponents: main\n"
             f"Signed-By: {site.fleet / 'trust/bundle.asc'}\n")
+        self.configuration.write_text("".join(f'{key} "{value}";\n' for key, value in self._options().items()))
         assert self.apt("update").endswith("rc=0\n")
 
+    @property
+    def configuration(self) -> Path:
+        return self._root / "apt.conf"
+
+    def _options(self) -> dict[str, object]:
+        return {"Dir::State": self._root, "Dir::State::lists": self._root / "lists",
+                "Dir::State::status": self._root / "status",
+                "Dir::State::extended_states": self._root / "extended", "Dir::Cache": self._root / "cache",
+                "Dir::Etc::sourcelist": os.devnull, "Dir::Etc::sourceparts": self._root / "sources",
+                "Dir::Etc::preferencesparts": self._root / "preferences", "APT::Architecture": "amd64",
+                "APT::Sandbox::User": "root", "Debug::NoLocking": "1"}
+
     def apt(self, *arguments: str) -> str:
-        options = {"Dir::State": self._root, "Dir::State::lists": self._root / "lists",
-                   "Dir::State::status": self._root / "status",
-                   "Dir::State::extended_states": self._root / "extended", "Dir::Cache": self._root / "cache",
-                   "Dir::Etc::sourcelist": os.devnull, "Dir::Etc::sourceparts": self._root / "sources",
-                   "Dir::Etc::preferencesparts": self._root / "preferences", "APT::Architecture": "amd64",
-                   "APT::Sandbox::User": "root", "Debug::NoLocking": "1"}
-        done = run(["apt-get", *(word for key, value in options.items() for word in ("-o", f"{key}={value}")),
-                    *arguments])
+        options = (word for key, value in self._options().items() for word in ("-o", f"{key}={value}"))
+        done = run(["apt-get", *options, *arguments])
         return (done.stdout + done.stderr).decode() + f"\nrc={done.returncode}\n"
 
-    def has(self, packages: dict[str, str]) -> None:
-        """These are installed, and on hold."""
+    def has(self, packages: dict[str, str], states: Mapping[str, str] = MappingProxyType({})) -> None:
+        """These are installed, some of them by half, and on hold."""
         index = {tuple(re.findall("^(?:Package|Version): (.+)$", stanza, re.MULTILINE)): stanza
                  for stanza in self._site.index().strip().split("\n\n")}
-        stanzas = [index[name, version].replace("\nVersion", "\nStatus: hold ok installed\nVersion", 1)
-                   for name, version in packages.items()]
+        state = {name: f"\nStatus: hold ok {states.get(name, 'installed')}\nVersion" for name in packages}
+        stanzas = [index[name, version].replace("\nVersion", state[name], 1) for name, version in packages.items()]
         (self._root / "status").write_text("\n\n".join(stanzas) + "\n")
 
 
-def transactions() -> object:
-    path = resource("roles") / "nvidia_driver/files/driver_transaction.py"
-    spec = importlib.util.spec_from_file_location("driver_transaction", path)
+def program(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, resource("roles") / f"nvidia_driver/files/{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+def simulate(machine: Machine, transaction: Transaction) -> tuple[tuple[set[str], set[str]], str]:
+    """What apt would install and remove, and why it is refused, as driver_transaction sees it."""
+    transactions = program("driver_transaction")
+    asked = {"what": transaction.what, "install": transaction.install, "remove": transaction.remove}
+    output = machine.apt("-s", *transactions.APT[1:], "install", "--", *transactions.packages_of(asked))
+    assert output.endswith("rc=0\n"), output
+    return transactions.simulated(output), transactions.refusal(asked, output)
+
+
 @pytest.mark.parametrize(("before", "after"), [("580.126.09", "595.71.05"), ("595.71.05", "580.126.09")])
 def test_a_hosts_apt_goes_up_and_down_with_everything_held(site: Site, before: str, after: str) -> None:
     """Both transactions as the role runs them: apt, the host's packages and holds are real, the installing is not."""
     site.build(BOTH)
-    machine, program, index = Machine(site), transactions(), parse_index(site.index())
+    machine, index = Machine(site), parse_index(site.index())
 
     def bring(version: str, seen: Seen) -> tuple[dict[str, str], Course]:
         names = driver_names(resource("roles"))
@@ -288,19 +307,102 @@ def test_a_hosts_apt_goes_up_and_down_with_everything_held(site: Site, before: s
     wanted, change = bring(after, Seen(("2335",), installed=installed, held=frozenset(installed), loaded=before))
     simulated = {}
     for one in change.transactions:
-        asked = {"what": one.what, "install": one.install, "remove": one.remove}
-        argv = program.APT[1:]  # type: ignore[attr-defined]
-        output = machine.apt("-s", *argv, "install", "--", *program.packages_of(asked))  # type: ignore[attr-defined]
-        assert output.endswith("rc=0\n"), output
-        assert program.refusal(asked, output) == "", output  # type: ignore[attr-defined]
-        simulated[one.what] = program.simulated(output)  # type: ignore[attr-defined]
+        simulated[one.what], refusal = simulate(machine, one)
+        assert refusal == ""
         if one.what == "pin":
             machine.has({**{name: version for name, version in installed.items() if "pinning" not in name},
                          f"nvidia-driver-pinning-{after}": f"{after}-1+test"})
     assert simulated["pin"] == ({f"nvidia-driver-pinning-{after}"}, {f"nvidia-driver-pinning-{before}"})
-    assert simulated["driver"] == ({"nvidia-fabricmanager", *HOLDABLE}, set())
+    assert simulated["driver"] == ({"nvidia-fabricmanager", "libnvsdm", *HOLDABLE}, set())
     machine.has(wanted)
     assert bring(after, Seen(("2335",), installed=wanted, held=frozenset(wanted), loaded=after))[1].transactions == ()
+
+
+def test_a_host_that_purges_what_it_removes(site: Site) -> None:
+    """apt -s says Purg then, and the gate has to see it; the program itself leaves a package's settings alone."""
+    site.build(BOTH)
+    machine, gate = Machine(site), program("driver_transaction")
+    machine.has({"tiny": "1", "build-tool": "12"})
+    with machine.configuration.open("a") as file:
+        file.write('APT::Get::Purge "true";\n')
+    argv = ["apt-get", "-c", str(machine.configuration), "-s"]
+    refused = gate.refusal({"what": "driver", "install": [], "remove": []},
+                           run([*argv, "-y", "--allow-change-held-packages", "install", "tiny-"]).stdout.decode())
+    assert refused == "apt would remove tiny, which is none of the driver's."
+    assert "\nRemv tiny " in run([*argv, *gate.APT[1:], "install", "tiny-"]).stdout.decode()
+
+
+def test_the_other_module_goes_though_it_did_not_build(site: Site) -> None:
+    """dpkg left it half-configured: its version tells that it is the driver's, and apt may remove it."""
+    site.build("[gpu]\ngpu-1 nvidia_driver_version=580.126.09\n")
+    machine, index = Machine(site), parse_index(site.index())
+    installed = {**dict.fromkeys(("nvidia-driver-pinning-580.126.09", "nvidia-fabricmanager", "libnvsdm", *HOLDABLE),
+                                 "580.126.09-1+test"), "build-tool": "12", "linux-headers-amd64": "6.1"}
+    states = {"nvidia-kernel-open-dkms": "half-configured"}
+    machine.has(installed, states)
+    seen = Seen(("2335",), installed=installed, states=states, held=frozenset(installed))
+    (one,) = course(desired(Wish("gpu-1", "580.126.09", flavour="proprietary"), seen, NAMES, index), seen,
+                    index).transactions
+    assert simulate(machine, one) == (({"nvidia-kernel-dkms"}, {"nvidia-kernel-open-dkms"}), "")
+
+
+def test_a_host_with_sources_of_its_own_keeps_what_is_right(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """package_source=upstream: the host's own apt is asked, also for what is not called nvidia."""
+    site.build(BOTH)
+    monkeypatch.setenv("APT_CONFIG", str(Machine(site).configuration))
+    index = parse_index(program("driver_facts").sources_have("6.1.0-30-amd64", NAMES.patterns))
+    assert set(index["libnvsdm"]) == {f"{version}-1+test" for version in VERSIONS}
+    assert not {"tiny", "build-tool", "linux-headers-amd64"} & set(index)
+    want = desired(Wish("gpu-1", "580.126.09"), Seen(("2335",)), NAMES, index)
+    installed = {want.pin: "580.126.09-1+test", **want.packages, "linux-headers-amd64": "6.1"}
+    assert "libnvsdm" in installed
+    assert course(want, Seen(("2335",), installed=installed, held=frozenset(want.holds), loaded="580.126.09"),
+                  index) == Course("none", (), (), False)
+
+
+def test_a_source_without_the_fabric_manager_is_told(site: Site) -> None:
+    names = dataclasses.replace(NAMES, fabric=("nvidia-fabricmanager", "nvidia-imex"))
+    wanted = WantedDriver("580.126.09", ("open",), ("gpu-1",), ())
+    said: list[Event] = []
+    (closure,) = download_drivers((wanted,), names, site.fleet, said.append)
+    assert not [deb for deb in closure.debs if "fabricmanager" in deb.name]
+    assert [event.message for event in said if isinstance(event, Note) and "580.126.09" in event.message] == [
+        "the sources in sources.d have no nvidia-imex 580.126.09: no bundled fabric manager for boards with NVSwitches"]
+
+
+def test_files_whose_names_differ_by_a_character_are_two_sources(site: Site) -> None:
+    """Nothing of one takes the place of the other, and what is told is the name that the operator wrote."""
+    folder, text = site.fleet / "sources.d", (site.fleet / "sources.d/nvidia.sources").read_text()
+    stems = ("nvidia.cuda", "nvidia-cuda", "nvidia cuda", "nvidia+cuda")
+    for stem in stems:
+        (folder / f"{stem}.sources").write_text(text.replace("nvidia.asc", f"{stem}.asc"))
+        shutil.copy(folder / "nvidia.asc", folder / f"{stem}.asc")
+    (folder / "nvidia.sources").unlink()
+    sources = read_vendor_sources(site.fleet)
+    assert len({source.name for source in sources}) == len(stems)
+    assert len({source.key_name for source in sources}) == len(stems)
+    assert set(described(sources).split(", ")) == {f"{stem}.sources" for stem in stems}
+
+
+def test_a_source_whose_file_is_renamed_leaves_nothing_behind(site: Site) -> None:
+    wanted = WantedDriver("580.126.09", ("open",), ("gpu-1",), ())
+    assert download_drivers((wanted,), NAMES, site.fleet, discard)
+    (site.fleet / "sources.d/nvidia.sources").rename(site.fleet / "sources.d/vendor.sources")
+    assert download_drivers((wanted,), NAMES, site.fleet, discard)
+
+
+@pytest.mark.parametrize(("uris", "told"), [
+    ("https://me:secret@good.example/x htps://me:secret@bad.example/y", "URIs: htps://bad.example/y"),
+    ("me:secret@bad.example/y", "URIs: bad.example/y"),
+    ("htps://me:se/cret@bad.example/y", "URIs: htps://bad.example/y"),
+    ("", "no URIs")])
+def test_a_wrong_address_is_told_without_its_password(tmp_path: Path, uris: str, told: str) -> None:
+    (tmp_path / "sources.d").mkdir()
+    (tmp_path / "sources.d/a.sources").write_text(f"Types: deb\nURIs: {uris}\nSuites: /\nSigned-By: x\n")
+    with pytest.raises(ConfigurationError) as caught:
+        read_vendor_sources(tmp_path)
+    assert f"a.sources has {told}, which" in caught.value.message
+    assert not re.search("secret|good|cret", caught.value.message)
 
 
 def test_a_bundle_without_drivers_does_not_ask_the_vendor(site: Site) -> None:

@@ -13,12 +13,58 @@ from pathlib import Path
 import pytest
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
-VERBS = ["", "init", "trust", "plan", "provision", "status", "verify", "stage", "update-model", "rollback",
-         "upgrade-driver", "drain", "undrain", "history", "gc", "runs", "resume", "hold", "release", "lock",
-         "lock status", "lock break", "logs", "exec", "doctor", "gpus", "gpus accept", "model", "model import",
-         "model list", "model verify", "bundle",
-         "bundle build", "bundle verify", "lab", "lab up", "lab status", "lab ssh", "lab down", "lab power-cut",
-         "lab power-on", "lab snapshot", "lab restore", "lab model", "lab load", "lab fault", "lab inbox"]
+VERBS = """\
+
+init
+trust
+plan
+provision
+status
+check
+verify
+stack
+stack resolve
+stage
+update-model
+rollback
+upgrade-driver
+drain
+undrain
+history
+gc
+runs
+resume
+hold
+release
+lock
+lock status
+lock break
+logs
+exec
+doctor
+gpus
+gpus accept
+model
+model import
+model list
+model verify
+bundle
+bundle build
+bundle verify
+lab
+lab up
+lab status
+lab ssh
+lab down
+lab power-cut
+lab power-on
+lab snapshot
+lab restore
+lab model
+lab load
+lab fault
+lab inbox
+""".splitlines()
 PLAIN = {"COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb", "LC_ALL": "C.UTF-8", "PATH": os.environ["PATH"],
          "HOME": "/nonexistent"}
 

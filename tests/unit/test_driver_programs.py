@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,15 @@ import yaml
 from rendering import render
 
 from opsctl.resources import resource
+from opsctl.stack.__main__ import answer
+from opsctl.stack.driver import PIN
 
 FILES = resource("roles") / "nvidia_driver" / "files"
+ROLE = {key: value for file in ("defaults", "vars")
+        for key, value in yaml.safe_load((FILES.parent / file / "main.yml").read_text()).items()}
+# What look.yml passes besides where the packages come from.
+ASKED = [name for key in ("patterns", "exact", "open", "proprietary", "fabric", "own")
+         for name in ROLE[f"nvidia_driver_{key}"]]
 VERSION = """\
 NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.126.09  Release Build  (dvs-builder@U22)
 GCC version:  gcc version 12.2.0 (Debian 12.2.0-14+deb12u1)
@@ -54,8 +62,58 @@ class TestFacts:
                   "nvidia-old\t550.1.1-1\tdeinstall\tconfig-files\n"
                   "nvidia-kernel-open-dkms\t580.126.09-1+lab\thold\thalf-configured\nlibcuda1\t\tunknown\tnot-installed\n")
         assert self.facts.packages(listed) == (
-            {"nvidia-driver-cuda": "580.126.09-1+lab", "nvidia-kernel-open-dkms": "half-configured"},
-            ["nvidia-driver-cuda", "nvidia-kernel-open-dkms"])
+            {"nvidia-driver-cuda": "580.126.09-1+lab", "nvidia-kernel-open-dkms": "580.126.09-1+lab"},
+            {"nvidia-kernel-open-dkms": "half-configured"}, ["nvidia-driver-cuda", "nvidia-kernel-open-dkms"])
+
+    @pytest.mark.skipif(shutil.which("dpkg-query") is None, reason="not a Debian")
+    def test_a_hosts_own_dpkg_is_asked_for_all_of_the_driver(self, tmp_path: Path) -> None:
+        """Real dpkg-query: what has no "nvidia" in its name counts, and so does what comes with the driver."""
+        of_driver = ["libnvsdm", "libnvcuvid1", "libnvoptix1", "libxnvctrl0", "libegl-nvidia0", "nvidia-modprobe",
+                     PIN + "580.126.09"]
+        states = {"nvidia-kernel-open-dkms": "half-configured", "nvlsm": "half-installed"}
+        own = [f"linux-headers-{os.uname().release}", "linux-headers-amd64", "nvlsm"]
+        status = [f"Package: {name}\nStatus: hold ok {states.get(name, 'installed')}\nMaintainer: x\nDescription: x\n"
+                  f"Architecture: amd64\nVersion: 580.126.09-1\n" for name in
+                  (*of_driver, *own, *states, "cuda-compat-13-0", "haproxy")]
+        (tmp_path / "status").write_text("\n".join(dict.fromkeys(status)))
+        (tmp_path / "info").mkdir()
+        done = subprocess.run([sys.executable, "-", "gateway", *ASKED, "nvlsm"], text=True, capture_output=True,
+                              check=True, input=(FILES / "driver_facts.py").read_text(),
+                              env={**os.environ, "DPKG_ADMINDIR": str(tmp_path)})
+        seen = json.loads(done.stdout)["seen"]
+        assert set(seen["installed"]) == {*of_driver, *own, *states}
+        assert seen["installed"]["nvidia-kernel-open-dkms"] == "580.126.09-1"
+        assert seen["states"] == states
+
+    @pytest.mark.skipif(shutil.which("dpkg-query") is None, reason="not a Debian")
+    def test_a_module_that_is_there_by_half_is_told_from_its_version(self, tmp_path: Path) -> None:
+        """Both programs, as the role asks them: the other flavour's module is named, so that apt may remove it."""
+        names = ("nvidia-driver-cuda", "nvidia-modprobe", "nvidia-persistenced", "nvidia-kernel-dkms")
+        (tmp_path / "Packages").write_text("\n".join(f"Package: {name}\nVersion: 580.126.09-1\n"
+                                                     for name in (*names, PIN + "580.126.09")))
+        (tmp_path / "status").write_text("Package: nvidia-kernel-open-dkms\nStatus: hold ok half-configured\n"
+                                         "Maintainer: x\nDescription: x\nArchitecture: amd64\nVersion: 580.126.09-1\n")
+        (tmp_path / "info").mkdir()
+        done = subprocess.run([sys.executable, "-", "gateway", *ASKED], text=True, capture_output=True, check=True,
+                              input=(FILES / "driver_facts.py").read_text(),
+                              env={**os.environ, "DPKG_ADMINDIR": str(tmp_path)})
+        seen = {**json.loads(done.stdout)["seen"], "gpus": ["26b9"], "headers": True, "dpkg": ""}
+        wish = {"host": "here", "version": "580.126.09", "flavour": "proprietary", "fabric_manager": "auto",
+                "gpu_model": ""}
+        found = answer({"wish": wish, "seen": seen, "index": tmp_path / "Packages",
+                        "names": {key: ROLE[f"nvidia_driver_{key}"] for key in
+                                  ("exact", "open", "proprietary", "fabric", "own")}})
+        assert found["error"] == ""
+        assert found["course"]["transactions"][1]["remove"] == ("nvidia-kernel-open-dkms",)
+
+    @pytest.mark.parametrize(("recorded", "is_this_one"), [
+        ("6f1c\n", True), ("07aa\n", False), ("", False), (None, False)])
+    def test_whether_packages_were_changed_in_this_boot(self, tmp_path: Path, recorded: str | None, is_this_one: bool
+                                                        ) -> None:
+        (tmp_path / "boot_id").write_text("6f1c\n")
+        if recorded is not None:
+            (tmp_path / "changed").write_text(recorded)
+        assert self.facts.is_of_this_boot(tmp_path / "changed", tmp_path / "boot_id") is is_this_one
 
     @pytest.mark.parametrize(("text", "version"), [
         (VERSION, "580.126.09"),
@@ -81,8 +139,8 @@ class TestFacts:
     @pytest.mark.skipif(shutil.which("dpkg-query") is None, reason="not a Debian")
     def test_a_question_the_decision_understands(self) -> None:
         """Both programs for real, on this machine, which has no GPU or one: an answer in any case."""
-        done = subprocess.run([sys.executable, "-"], input=(FILES / "driver_facts.py").read_text(), text=True,
-                              capture_output=True, check=True)
+        done = subprocess.run([sys.executable, "-", "gateway", *ASKED], text=True, capture_output=True, check=True,
+                              input=(FILES / "driver_facts.py").read_text())
         names = {"exact": ["a"], "open": ["b"], "proprietary": ["c"], "fabric": ["d"], "own": []}
         wish = {"host": "here", "version": "580.126.09", "flavour": "", "fabric_manager": "auto", "gpu_model": ""}
         asked = {"wish": wish, "names": names, "index": "/nowhere", **json.loads(done.stdout)}
@@ -112,6 +170,7 @@ class TestTransaction:
 
     @pytest.mark.parametrize(("output", "named"), [
         ("Remv haproxy [2.6]\n", "remove haproxy"),
+        ("Purg haproxy [2.6]\n", "remove haproxy"),
         ("Inst linux-image-6.1.0-56-amd64 (6.1.1 x [amd64])\n", "linux-image-6.1.0-56-amd64"),
         ("Inst firmware-misc-nonfree [1] (2 x [all])\n", "firmware-misc-nonfree"),
         ("Inst grub-common:amd64 [1] (2 x [all])\n", "grub-common")])
@@ -157,11 +216,90 @@ class TestTransaction:
             (tmp_path / name).write_text(f"#!/bin/sh\necho {name} \"$@\" >> {tmp_path}/log\n{body}\n")
             (tmp_path / name).chmod(0o755)
         asked = {"transactions": [DRIVER], "hold": ["nvidia-driver-cuda"], "load": ""}
-        done = subprocess.run([sys.executable, FILES / "driver_transaction.py", json.dumps(asked)], text=True,
+        text = (FILES / "driver_transaction.py").read_text().replace("/var/lib/opsctl", f"{tmp_path}/opsctl")
+        (tmp_path / "program.py").write_text(text)
+        done = subprocess.run([sys.executable, tmp_path / "program.py", json.dumps(asked)], text=True,
                               capture_output=True, check=False, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
         assert done.returncode == status
         assert said in done.stdout
+        assert (tmp_path / "opsctl/driver-changed").exists() is ("apt-get -y" in called), "a refusal changes nothing"
         assert [" ".join(line.split()[:2]) for line in (tmp_path / "log").read_text().splitlines()] == called
+
+
+@pytest.fixture
+def reloading(tmp_path: Path) -> Path:
+    """The program with its paths below a folder, and a host whose GPUs two services and a module hold."""
+    text = (FILES / "driver_transaction.py").read_text()
+    for path, name in (("/proc/driver/nvidia/version", "loaded"), ("/proc/modules", "modules"),
+                       ("/run/opsctl-driver.stopped", "stopped")):
+        text = text.replace(path, str(tmp_path / name))
+    (tmp_path / "program").write_text(text)
+    (tmp_path / "loaded").write_text("NVRM version: NVIDIA UNIX Open Kernel Module  570.1.1  Release\n")
+    (tmp_path / "modules").write_text("nvidia 1 2 - Live\n")
+    stand_in(tmp_path, "systemctl", f"""
+case "$*" in
+    is-active*agent*|is-active*dcgm.service) [ ! -e {tmp_path}/down ] ;;
+    is-active*) exit 3 ;;
+    stop*dcgm*) exit 1 ;;
+esac""")
+    for name in ("modprobe", "nvidia-modprobe"):
+        stand_in(tmp_path, name, "")
+    return tmp_path
+
+
+def stand_in(folder: Path, name: str, body: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\necho {name} \"$@\" >> {folder}/log\n{body}\n")
+    (folder / name).chmod(0o755)
+
+
+def change(folder: Path, **asked: object) -> subprocess.CompletedProcess[str]:
+    asked = {"transactions": [], "hold": [], "load": "", **asked}
+    return subprocess.run([sys.executable, folder / "program", json.dumps(asked)], text=True, capture_output=True,
+                          check=False, env={"PATH": f"{folder}:/usr/bin:/bin"})
+
+
+def started(folder: Path) -> list[str]:
+    log = (folder / "log").read_text().splitlines()
+    return [line.removeprefix("systemctl start ") for line in log if line.startswith("systemctl start ")]
+
+
+class TestReload:
+    def test_a_service_that_does_not_stop_leaves_no_other_down(self, reloading: Path) -> None:
+        done = change(reloading, load="580.126.09")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "it takes a reboot" in done.stdout
+        assert started(reloading) == ["nvidia-dcgm.service", "opsctl-agent.service"]
+        assert not (reloading / "stopped").exists()
+
+    def test_what_a_killed_run_stopped_is_started_by_the_next(self, reloading: Path) -> None:
+        stand_in(reloading, "modprobe", "kill -9 $PPID")
+        assert change(reloading, load="580.126.09").returncode == -9
+        assert started(reloading) == []
+        (reloading / "down").touch()
+        done = change(reloading)  # nothing else is left to be done
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert started(reloading) == ["nvidia-dcgm.service", "opsctl-agent.service"]
+        assert change(reloading).returncode == 0
+        assert len(started(reloading)) == 2
+
+    def test_a_second_reload_forgets_nothing_that_the_first_stopped(self, reloading: Path) -> None:
+        stand_in(reloading, "modprobe", "kill -9 $PPID")
+        change(reloading, load="580.126.09")
+        (reloading / "down").touch()
+        change(reloading, load="580.126.09")
+        stand_in(reloading, "modprobe", "")
+        change(reloading, load="580.126.09")
+        assert started(reloading) == ["nvidia-dcgm.service", "opsctl-agent.service"]
+
+    @pytest.mark.skipif(shutil.which("dpkg-query") is None, reason="not a Debian")
+    def test_the_facts_tell_of_it(self, reloading: Path) -> None:
+        """Else the role would see nothing to be done, and would not run the program."""
+        text = (FILES / "driver_facts.py").read_text().replace("/run/opsctl-driver.stopped", f"{reloading}/stopped")
+        for stopped in (False, True):
+            done = subprocess.run([sys.executable, "-"], input=text, text=True, capture_output=True, check=True)
+            assert json.loads(done.stdout)["stopped"] is stopped
+            (reloading / "stopped").touch()
+        assert "nvidia_driver_facts.stopped" in ROLE["nvidia_driver_pending"]
 
 
 WANTED = {"version": "580.126.09", "fabric_manager": True, "gpu_uuids": ["GPU-a", "GPU-b"]}
@@ -196,6 +334,26 @@ class TestLayers:
     def test_gpus_in_pci_order(self) -> None:
         csv = "580.126.09, 00000000:3B:00.0, GPU-a\n580.126.09, 00000000:1A:00.0, GPU-b\n"
         assert [uuid for _, _, uuid in self.layers.gpus_of(csv)] == ["GPU-b", "GPU-a"]
+
+    @pytest.mark.parametrize("uuids", [[f"GPU-{index}" for index in range(8)], []])
+    def test_a_lost_gpu_is_named_and_the_library_is_not_blamed(self, tmp_path: Path, uuids: list[str]) -> None:
+        """nvidia-smi prints the healthy ones and exits 15."""
+        rows = "".join(f"580.126.09, 00000000:{bus:02X}:00.0, GPU-{bus}\n" for bus in (7, 6, 5, 4, 2, 1, 0))
+        words = "Unable to determine the device handle for GPU3: 00000000:03:00.0: GPU is lost.  Reboot the system"
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{rows}{words}'\nexit 15\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        done = subprocess.run([sys.executable, "-", json.dumps({**WANTED, "gpu_uuids": uuids})], text=True, check=True,
+                              capture_output=True, input=(FILES / "driver_layers.py").read_text(),
+                              env={"PATH": str(tmp_path)})
+        found = json.loads(done.stdout)
+        assert found["layers"]["library"] == "580.126.09"
+        assert found["gpus"] == [f"GPU-{bus}" for bus in (0, 1, 2, 4, 5, 6, 7)]
+        assert not [sentence for sentence in found["wrong"] if "the library" in sentence]
+        assert ("1 of the 8 GPUs in gpu_uuids are missing: GPU-3" in found["wrong"]) == bool(uuids)
+        assert found["wrong"][-1].startswith("nvidia-smi says: Unable to determine the device handle for GPU3")
+
+    def test_a_sentence_with_commas_is_no_gpu(self) -> None:
+        assert self.layers.gpus_of("NVRM: one, two, three\n[GPU is lost], 00000000:03:00.0, [GPU is lost]\n") == []
 
     def test_a_machine_without_any_of_it_is_told_in_full(self) -> None:
         done = subprocess.run([sys.executable, "-", json.dumps(WANTED)], text=True, capture_output=True, check=True,

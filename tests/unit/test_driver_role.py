@@ -88,11 +88,18 @@ FAKES = {
     "dpkg": "", "apt-mark": "", "apt-get": '[ ! -e {root}/refuse ] || echo "Remv haproxy [2.6]"',
     "apt-cache": "",
     # Before the change nothing is installed; who asks for one package asks after it.
-    "dpkg-query": 'case "$*" in *nvidia-fabricmanager) echo "installed 580.126.09-1";; esac',
+    "dpkg-query": 'case "$*" in *Want*) [ ! -e {root}/settled ] || cat {root}/settled;; '
+                  '*nvidia-fabricmanager) echo "installed 580.126.09-1";; esac',
     "modprobe": "", "modinfo": "echo 580.126.09",
     "nvidia-modprobe": 'echo "NVRM version: NVIDIA UNIX Open Kernel Module  580.126.09  Release" > {root}/loaded',
     "nvidia-smi": "echo 580.126.09, 00000000:1A:00.0, GPU-a",
 }
+
+
+BOOT_ID = "host/proc/sys/kernel/random/boot_id"
+INSTALLED = "".join(f"{name}\\t580.126.09-1\\thold\\tinstalled\\n" for name in (
+    "nvidia-driver-pinning-580.126.09", "nvidia-driver-cuda", "nvidia-modprobe", "nvidia-persistenced",
+    "nvidia-kernel-open-dkms", "nvidia-fabricmanager"))
 
 
 @pytest.fixture
@@ -101,12 +108,15 @@ def machine(role: Path) -> Path:
     for path in (role / "roles/nvidia_driver").rglob("*.*"):
         if path.is_file():
             text = path.read_text()
-            for place in ("/etc/opsctl/driver.json", "/usr/local/lib/opsctl", "/etc/apt/apt.conf.d"):
+            for place in ("/etc/opsctl/driver.json", "/usr/local/lib/opsctl", "/etc/apt/apt.conf.d",
+                          "/var/lib/opsctl", "/proc/sys/kernel/random/boot_id"):
                 text = text.replace(place, f"{role}/host{place}")
             path.write_text(text.replace("/proc/driver/nvidia/version", f"{role}/loaded")
+                            .replace("/run/opsctl-driver.stopped", f"{role}/stopped")
                             .replace("    owner: root\n    group: root\n", ""))
-    for place in ("etc/opsctl", "usr/local/lib", "etc/apt/apt.conf.d"):
+    for place in ("etc/opsctl", "usr/local/lib", "etc/apt/apt.conf.d", "proc/sys/kernel/random"):
         (role / "host" / place).mkdir(parents=True)
+    (role / BOOT_ID).write_text("first\n")
     # The services' own tasks are base's, and tested there.
     (role / "roles/base/tasks/unit.yml").write_text("---\n- name: Nothing.\n  ansible.builtin.debug:\n")
     for name, body in FAKES.items():
@@ -132,6 +142,24 @@ def test_the_role_brings_a_driver(machine: Path) -> None:
     assert "libnvidia-" in (machine / "host/etc/apt/apt.conf.d/51opsctl-nvidia").read_text()
 
 
+def test_services_that_a_killed_change_left_stopped_are_started(machine: Path) -> None:
+    """Nothing else is to be done there, and a run tells that it changed something."""
+    names = ("nvidia-driver-pinning-580.126.09", "nvidia-driver-cuda", "nvidia-modprobe", "nvidia-persistenced",
+             "nvidia-kernel-open-dkms", "nvidia-fabricmanager")
+    (machine / "settled").write_text("".join(f"{name}\t580.126.09-1\thold\tinstalled\n" for name in names))
+    (machine / "loaded").write_text("NVRM version: NVIDIA UNIX Open Kernel Module  580.126.09  Release\n")
+    done = play(machine, "main")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "systemd-run" not in (machine / "log").read_text()
+    (machine / "stopped").write_text("nvidia-dcgm.service\n")
+    done = play(machine, "main")
+    assert done.returncode == 0, done.stdout + done.stderr
+    log = (machine / "log").read_text()
+    assert "systemctl start nvidia-dcgm.service\n" in log
+    assert "apt-get" not in log
+    assert not (machine / "stopped").exists()
+
+
 def test_a_gpu_that_is_missing_is_named(machine: Path) -> None:
     done = play(machine, "main", "--extra-vars", json.dumps({"nvidia_driver_gpu_uuids": ["GPU-a", "GPU-b"]}))
     assert done.returncode == 2
@@ -151,3 +179,20 @@ def test_a_machine_that_opsctl_runs_on_is_not_rebooted(machine: Path) -> None:
     done = play(machine, "main")
     assert done.returncode == 2
     assert "reboot that machine by hand, then opsctl provision again" in done.stdout
+
+
+def test_a_first_driver_that_was_cut_off_before_its_reboot_gets_it(machine: Path) -> None:
+    """All packages are there, no module is loaded: the reboot is still to come, once, or it was in vain."""
+    (machine / "bin/nvidia-modprobe").write_text("#!/bin/sh\nexit 1\n")
+    assert "reboot that machine by hand" in play(machine, "main").stdout
+    one, all_of_them = 'echo "installed 580.126.09-1"', f'printf "{INSTALLED}"'
+    (machine / "bin/dpkg-query").write_text(
+        f'#!/bin/sh\ncase "$*" in *nvidia-fabricmanager) {one};; *) {all_of_them};; esac\n')
+    (machine / "log").unlink()
+    again = play(machine, "main")
+    assert "apt-get" not in (machine / "log").read_text(), "all is installed"
+    assert "reboot that machine by hand, then opsctl provision again" in again.stdout
+    (machine / BOOT_ID).write_text("second\n")
+    rebooted = play(machine, "main")
+    assert rebooted.returncode == 2
+    assert "here: the module in the kernel is not there where 580.126.09 is wanted" in rebooted.stdout

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from opsctl.agent.gpu.metrics import Known, entries, render, values
 from opsctl.agent.gpu.nvml import Nvml
 from opsctl.agent.gpu.reader import View
 from opsctl.agent.gpu.verdict import judge
-from opsctl.agent.gpu.xids import Xids
+from opsctl.agent.gpu.xids import Xids, words_of
 from opsctl.agent.paths import Paths
 from opsctl.agent.settings import Settings
 from opsctl.agent.supervisor import Voice
@@ -90,6 +90,22 @@ def test_the_labels_are_those_of_dcgm() -> None:
                       "modelName": "NVIDIA H200", "hostname": "gpu-1"}
 
 
+def test_the_device_is_called_by_its_index_as_dcgm_does() -> None:
+    """Its node in /dev has the minor number, which may be another."""
+    found = known()
+    assert found.view.sample is not None
+    found.view.sample["gpus"][1]["minor"] = 5
+    assert one_value(found, "DCGM_FI_DEV_GPU_TEMP", gpu="1", device="nvidia1") == 71
+    assert one_value(found, "opsctl_gpu_info", gpu="1", minor="5") == 1
+
+
+def test_the_last_error_is_said_in_words_as_dcgm_does() -> None:
+    found, name = known(xids=two_xids()), "DCGM_FI_DEV_XID_ERRORS"
+    assert one_value(found, name, gpu="0", err_code="79", err_msg="GPU has fallen off the bus") == 79
+    assert one_value(found, name, gpu="1", err_code="0", err_msg="No Error") == 0
+    assert words_of(9999) == "Unknown Error"
+
+
 @pytest.mark.parametrize(("name", "labels", "value"), [
     ("DCGM_FI_DEV_GPU_TEMP", {}, 71), ("DCGM_FI_DEV_MEMORY_TEMP", {}, 76), ("DCGM_FI_DEV_POWER_USAGE", {}, 412),
     ("DCGM_FI_DEV_FB_USED", {}, 120_000), ("DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION", {}, 123_456),
@@ -101,7 +117,7 @@ def test_the_labels_are_those_of_dcgm() -> None:
     ("opsctl_gpu_temperature_threshold_celsius", {"threshold": "max_operating"}, 87),
     ("opsctl_gpu_thermal_margin_source_info", {"source": "margin_api"}, 1),
     ("opsctl_gpu_slowdown_nanoseconds_total", {"reason": "sw_thermal_slowdown"}, 7),
-    ("opsctl_gpu_info", {"driver_version": "580.126.09", "cuda_version": "13.0", "serial": "165000"}, 1),
+    ("opsctl_gpu_info", {"driver_version": "580.126.09", "cuda_version": "13.0", "serial": "165000", "minor": "1"}, 1),
     ("opsctl_gpu_instance_info", {"service": "chat", "inference_instance": "chat.0"}, 1),
 ])
 def test_a_value_of_gpu_1(name: str, labels: dict[str, str], value: float) -> None:
@@ -151,6 +167,37 @@ def test_a_lost_gpu_is_told_by_name() -> None:
     assert one_value(found, "opsctl_gpu_lost", UUID="GPU-0") == 0
     assert one_value(found, "opsctl_gpus") == 1
     assert len(samples(found)["DCGM_FI_DEV_GPU_TEMP"]) == 1
+    assert one_value(found, "opsctl_gpus_missing") == 2  # GPU-2, which was never there, and this one
+
+
+def test_a_gpu_that_answers_with_errors_alone_does_not_count_as_seen() -> None:
+    found = known()
+    assert found.view.sample is not None
+    found.view.sample["gpus"][1] |= {"state": "unreadable", "words": "nvmlDeviceGetPowerUsage: Unknown Error"}
+    assert one_value(found, "opsctl_gpu_lost", UUID="GPU-1") == 1
+    assert one_value(found, "opsctl_gpus") == 1
+    assert one_value(found, "opsctl_gpus_missing") == 2
+
+
+def test_a_gpu_that_nobody_expects_stands_for_none_that_is_gone() -> None:
+    found = known()
+    assert found.view.sample is not None
+    found.view.sample["gpus"][0]["uuid"] = "GPU-9"
+    assert one_value(found, "opsctl_gpus") == 2
+    assert one_value(found, "opsctl_gpus_missing") == 2  # GPU-0 and GPU-2
+    found.view.sample["gpus"][0]["mig"] = [{"id": 1, "profile": "x", "uuid": "GPU-0"}, {"id": 2, "profile": "x",
+                                                                                       "uuid": "GPU-2"}]
+    assert one_value(found, "opsctl_gpus_missing") == 0
+
+
+@pytest.mark.parametrize("state", ["no_driver", "mismatch", "no_library", "failed"])
+def test_how_many_gpus_there_are_is_not_said_where_nvml_cannot_be_asked(state: str) -> None:
+    now = boot_clock()
+    view = View(wanted_since=now - 100, began=now - 100)
+    view.hear({"kind": "sample", "at": now, "state": state, "words": "", "gpus": []}, now)
+    there = samples(Known("gpu-1", "0.1", view, judge(view, now, True, ["GPU-0"]), Xids(), ["GPU-0"], {}, now))
+    assert not {"opsctl_gpus", "opsctl_gpus_missing"} & set(there)
+    assert "opsctl_gpus_expected" in there
 
 
 def test_the_parts_of_a_gpu_that_is_cut() -> None:
@@ -158,7 +205,8 @@ def test_the_parts_of_a_gpu_that_is_cut() -> None:
     assert found.view.sample is not None
     found.view.sample["gpus"][0]["mig"] = [{"id": 3, "profile": "1g.18gb", "uuid": "MIG-1", "memory_used_mib": 5.0}]
     assert one_value(found, "DCGM_FI_DEV_FB_USED", GPU_I_PROFILE="1g.18gb", GPU_I_ID="3", gpu="0") == 5
-    assert len(samples(found)["DCGM_FI_DEV_FB_FREE"]) == 2
+    assert sum(samples(found)["DCGM_FI_DEV_FB_USED"].values()) == 120_005  # the whole counts no second time
+    assert len(samples(found)["DCGM_FI_DEV_FB_FREE"]) == 1
 
 
 def test_every_row_of_the_table_can_be_filled() -> None:
@@ -383,6 +431,20 @@ def test_what_opsctl_host_tells(tmp_path: Path) -> None:
     gone = told.read(Paths(tmp_path).gpus, ["GPU-0"], 0.0)
     assert gone is not None
     assert gone["state"] == "no_agent"
+
+
+def test_a_host_that_has_gpus_no_more_is_not_stale_for_good(tmp_path: Path) -> None:
+    async def work(one: Running) -> None:
+        await one.state("ok")
+        await one.until(one.paths.gpus.exists, "the file")
+        one.exporter._expected, one.exporter._settings = (), replace(one.exporter._settings, gpus=())
+        await one.until(lambda: json.loads(one.paths.gpus.read_text())["state"] == "none", "its last word")
+        assert told.read(one.paths.gpus, [], boot_clock()) is None
+        assert told.read(one.paths.gpus, [], boot_clock() + 3600) is None
+        again = told.read(one.paths.gpus, ["GPU-0"], boot_clock() + 3600)  # it has one again, and nobody looks
+        assert again is not None
+        assert again["state"] == "stale"
+    play(tmp_path, work)
 
 
 def test_who_computes_on_a_gpu(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from opsctl.agent.gpu.child import EXIT_LOCKED
-from opsctl.agent.gpu.reader import View, next_step
+from opsctl.agent.gpu.reader import Reader, View, next_step
 from opsctl.agent.gpu.verdict import judge
 
 NOW = 1000.0
@@ -76,6 +78,8 @@ def gone(state: str, words: str = "") -> View:
     (gone("no_library", "no module"), True, "no_library", "no module", False),
     (view(gpus=({**GPU, "state": "lost", "words": "fell off the bus"},)), True, "lost",
      "GPU 0 (GPU-0) fell off the bus", True),
+    (view(gpus=({**GPU, "state": "unreadable", "words": "nvmlDeviceGetPowerUsage: Unknown Error"},)), True,
+     "unreadable", "GPU 0 (GPU-0) nvmlDeviceGetPowerUsage: Unknown Error", True),
     (view(gpus=()), True, "missing", "1 of 1 GPUs not there: GPU-0", True),
     (view(gpus=({**GPU, "uuid": "GPU-9", "mig": [{"uuid": "GPU-0"}]},)), True, "ok", "", True),
 ])
@@ -83,6 +87,73 @@ def test_what_the_agent_makes_of_it(found: View, wanted: bool, state: str, words
     verdict = judge(found, NOW, wanted, ["GPU-0"], "580.126.09")
     assert (verdict.state, verdict.healthy) == (state, healthy)
     assert words in verdict.words
+
+
+def test_a_reader_that_leaves_somebody_behind_holds_nobody_up(tmp_path: Path) -> None:
+    """Its child has its end of the pipe, so there is no end to read to: the agent's loop, and the voice, go on."""
+    sample = json.dumps({"kind": "sample", "at": 1.0, "state": "ok", "words": "", "took_s": 0.0, "gpus": []})
+    left = tmp_path / "left"
+    script = f"sleep 60 & echo $! > {left}; echo '{sample}'; exec sleep 60"
+    said: list[str] = []
+    reader = Reader(tmp_path / "lock", said.append, lambda *_: None, command=("sh", "-c", script))
+
+    async def work() -> None:
+        reader.tick(True, False)
+        while reader.view.samples == 0:
+            await asyncio.sleep(0.01)
+        os.kill(reader.view.pid, signal.SIGKILL)
+        while reader.view.began is not None:
+            await asyncio.sleep(0.01)
+            reader.tick(True, False)
+        assert reader.view.exit_status == -signal.SIGKILL
+
+    def too_long(*_: object) -> None:
+        raise TimeoutError("the loop stands still")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(10)  # asyncio's own timeout needs the loop
+    try:
+        asyncio.run(work())
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        os.kill(int(left.read_text()), signal.SIGTERM)
+    assert any("ended by signal 9" in words for words in said)
+
+
+def heard(*samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a view makes of the last of several samples."""
+    found = View()
+    for gpus in samples:
+        found.hear({"kind": "sample", "at": NOW, "state": "ok", "words": "", "took_s": 0.0, "gpus": gpus}, NOW)
+    assert found.sample is not None
+    return list(found.sample["gpus"])
+
+
+def gpu(index: int, **more: Any) -> dict[str, Any]:
+    return {"index": index, "uuid": f"GPU-{index}", "pci": f"p{index}", "name": "H200", "temperature_c": 60,
+            "state": "ok", "words": "", **more}
+
+
+def nameless(index: int) -> dict[str, Any]:
+    """As a reader finds a lost GPU that was begun after it was lost."""
+    return {"index": index, "state": "lost", "words": "GPU is lost"}
+
+
+@pytest.mark.parametrize(("before", "now", "uuids"), [
+    ([gpu(0), gpu(1)], [gpu(0), nameless(1)], ["GPU-0", "GPU-1"]),
+    ([gpu(0), gpu(1), gpu(2)], [nameless(0), gpu(1), nameless(2)], ["GPU-0", "GPU-1", "GPU-2"]),
+    ([gpu(0), gpu(1), gpu(2)], [gpu(0), nameless(1)], ["GPU-0", ""]),  # one more is not there: whose place is it?
+    ([gpu(0), gpu(1)], [{**gpu(1), "index": 0}, nameless(1)], ["GPU-1", ""]),  # they were counted anew
+    ([], [gpu(0), nameless(1)], ["GPU-0", ""]),
+])
+def test_a_lost_gpu_keeps_its_name_when_another_reader_looks(
+        before: list[dict[str, Any]], now: list[dict[str, Any]], uuids: list[str]) -> None:
+    found = heard(before, now)
+    assert [one.get("uuid", "") for one in found] == uuids
+    lost = [one for one in found if one["state"] == "lost"]
+    assert all(one["words"] == "GPU is lost" and "temperature_c" not in one for one in lost)
+    assert heard(before, now, now) == found
 
 
 def test_a_second_reader_waits_for_the_first(tmp_path: Path) -> None:

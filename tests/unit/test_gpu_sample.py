@@ -118,6 +118,45 @@ def test_an_answer_that_is_neither_is_said() -> None:
     assert found["temperature_c"] == 71
 
 
+def unknown(*names: str) -> Nvml:
+    """An NVML that answers these questions of GPU 1, or all, with NVML_ERROR_UNKNOWN."""
+    return Nvml(Played({"unknown": [1], "unknown_names": list(names)}))
+
+
+def test_a_gpu_that_answers_with_errors_alone_is_not_well() -> None:
+    nvml = Nvml(Played())
+    gpus = sample.open_gpus(nvml)
+    nvml.library._orders = {"unknown": [1]}
+    first, second = (sample.sample(nvml, gpu) for gpu in gpus)
+    assert (first["state"], first["words"]) == ("ok", "")
+    assert (second["state"], second["uuid"]) == ("unreadable", "GPU-1")
+    assert "Unknown Error" in second["words"]
+    late = unknown()
+    assert sample.sample(late, sample.open_gpus(late)[1])["state"] == "unreadable"  # when it did so before
+
+
+def test_a_gpu_without_a_sensor_is_well() -> None:
+    """As a virtual one: "not supported" is an answer."""
+    found = answers(TemperatureV=None, Temperature=None)
+    assert (found["state"], found["words"]) == ("ok", "")
+
+
+def test_a_gpu_that_gives_no_handle_says_it_in_nvmls_words() -> None:
+    nvml = unknown("nvmlDeviceGetHandleByIndex")
+    found = sample.sample(nvml, sample.open_gpus(nvml)[1])
+    assert (found["state"], found["words"]) == ("lost", "nvmlDeviceGetHandleByIndex: Unknown Error")
+    nvml = Nvml(Played({"lost": [1]}))
+    assert "fell off the bus" in sample.sample(nvml, sample.open_gpus(nvml)[1])["words"]
+
+
+def test_a_count_that_nvml_does_not_give_is_not_zero() -> None:
+    nvml = unknown("nvmlDeviceGetCount")
+    with pytest.raises(GoneError, match="nvmlDeviceGetCount: Unknown Error") as error:
+        sample.open_gpus(nvml)
+    assert error.value.state == "failed"
+    assert sample.open_gpus(Nvml(Played({"gpus": 0}))) == []
+
+
 def test_nothing_is_ever_set() -> None:
     played = Played()
     nvml = Nvml(played)

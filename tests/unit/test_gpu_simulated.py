@@ -15,8 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from opsctl.agent.drains import boot_clock
+from opsctl.agent.gpu.metrics import Known, render, values
+from opsctl.agent.gpu.reader import View
+from opsctl.agent.gpu.verdict import judge
+from opsctl.agent.gpu.xids import Xids
 
 pytest.importorskip("opsctl.lab.gpu.library", reason="this opsctl has no simulated GPUs")
+import lab_gpu_kit
+
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not on this machine")
 
 DRIVER = "580.126.09"
@@ -176,3 +185,53 @@ def test_a_driver_that_is_another(simulated: Any, loaded: str, state: str) -> No
     with simulated(loaded=loaded) as one:
         assert one.next("sample")["state"] == state
         assert one.reader.wait(10) == 0
+
+
+OTHERS = """
+import gpustat, nvitop
+print(json.dumps({
+    "nvitop": {device.uuid(): [device.temperature(), device.power_usage() / 1000, device.gpu_utilization(),
+                               device.memory_used() / 2**20, device.memory_total() / 2**20]
+               for device in nvitop.Device.all()},
+    "gpustat": {gpu.uuid: [gpu.temperature, gpu.power_draw, gpu.utilization, gpu.memory_used, gpu.memory_total]
+                for gpu in gpustat.new_query()}}))
+"""
+# temperature, power, utilisation, memory used and in all, each by one series, or more that add up
+SERIES = (("DCGM_FI_DEV_GPU_TEMP",), ("DCGM_FI_DEV_POWER_USAGE",), ("DCGM_FI_DEV_GPU_UTIL",), ("DCGM_FI_DEV_FB_USED",),
+          ("DCGM_FI_DEV_FB_USED", "DCGM_FI_DEV_FB_FREE", "DCGM_FI_DEV_FB_RESERVED"))
+
+
+def scraped(sample: dict[str, Any]) -> dict[str, list[float]]:
+    """By UUID, what our page says of a sample of the reader's."""
+    now = boot_clock()
+    view = View(wanted_since=now, began=now)
+    view.hear(sample, now)
+    known = Known("gpu-1", "0.1", view, judge(view, now, True, ()), Xids(), (), {}, now)
+    _, _, page = render(list(values(known)), "", {})
+    found: dict[tuple[str, str], float] = {}
+    for family in text_string_to_metric_families(page.decode()):
+        found |= {(one.name, one.labels.get("UUID", "")): one.value for one in family.samples}
+    return {gpu["uuid"]: [sum(found[name, gpu["uuid"]] for name in names) for names in SERIES]
+            for gpu in sample["gpus"]}
+
+
+@pytest.mark.parametrize("model", ["H200", "L40S", "V100"])
+def test_nvitop_and_gpustat_say_of_a_simulated_host_what_our_page_says(
+        tmp_path: Path, libraries: dict[str, Path], model: str) -> None:
+    """Programs that others wrote read the simulator, too: it was not made to fit our reader, nor our reader to it."""
+    with lab_gpu_kit.simulated(libraries["whole"], model) as gpus:
+        gpus.shows(0, temperature_c=47, utilization_percent=4, power_mean_mw=97_000, power_mw=99_000,
+                   memory_used_bytes=3 * 2**30)
+        gpus.shows(1, temperature_c=83, utilization_percent=96, power_mean_mw=261_000, power_mw=255_000,
+                   memory_used_bytes=11 * 2**30)
+        others = gpus.run(OTHERS)
+        with subprocess.Popen([sys.executable, "-I", "-m", "opsctl.agent.gpu.child", str(tmp_path / "lock")],
+                              stdout=subprocess.PIPE, env=gpus.environment) as reader:
+            assert reader.stdout is not None
+            ours = scraped(json.loads(reader.stdout.readline()))
+            reader.send_signal(signal.SIGTERM)
+            reader.stdout.read()
+        used = [[47, 97, 4, 3 * 1024], [83, 261, 96, 11 * 1024]]
+        assert [ours[uuid][:4] for uuid in gpus.uuids] == used
+    assert ours == others["nvitop"]
+    assert ours == others["gpustat"]

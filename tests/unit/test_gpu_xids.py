@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from opsctl.agent.gpu import kernel_log
 from opsctl.agent.gpu.kernel_log import Entry, entry_of, follow, journal_entry, kmsg_entry
 from opsctl.agent.gpu.xids import Xids
 
@@ -100,6 +103,36 @@ def test_where_nothing_can_be_read_it_is_said_once(tmp_path: Path, monkeypatch: 
         asyncio.run(asyncio.wait_for(listen(), 0.5))
     assert len(said) == 1
     assert "only errors that NVML reports are seen" in said[0]
+
+
+JOURNALD = Path("/usr/lib/systemd/systemd-journald")
+# A journal of its own: nothing of this machine's is read or written, nor is the kernel told anything.
+OWN_NAMESPACES = ("unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc")
+OWN_JOURNAL = """
+mount -t tmpfs none /run && mount -t tmpfs none /var/log && mkdir -p /run/systemd/journald.conf.d
+printf '[Journal]\\nAudit=no\\nReadKMsg=no\\nRateLimitBurst=0\\n' > /run/systemd/journald.conf.d/own.conf
+"$0" 2>&1 & journald=$!
+until [ -S /run/systemd/journal/stdout ]; do kill -0 $journald || exit 9; sleep 0.1; done
+{ echo "$1"; seq 1 2000 | sed 's/^/a host that talks a lot /'; echo "$2"; } | systemd-cat --identifier=kernel
+shift 2
+until journalctl --quiet --lines=1 --grep='Xid .*: 31,' > /dev/null; do sleep 0.1; done
+timeout 3 "$@"
+kill $journald; wait $journald
+exit 0
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not JOURNALD.exists() or shutil.which("unshare") is None,
+                    reason="a journal of its own needs root, systemd-journald and unshare")
+def test_an_old_error_is_found_on_a_host_that_talks_a_lot() -> None:
+    """The real journald and journalctl: what --lines counts are lines before they are searched."""
+    other = LINE.replace(": 79,", ": 31,")
+    done = subprocess.run([*OWN_NAMESPACES, "sh", "-c", OWN_JOURNAL, JOURNALD, LINE, other, *kernel_log.JOURNAL],
+                          capture_output=True, text=True, check=False, timeout=60)
+    if done.returncode:
+        pytest.skip(f"no journal of its own here: {done.stderr.strip()[-200:]}")
+    found = [journal_entry(line) for line in done.stdout.splitlines()]
+    assert [one.xid for one in found if one is not None] == [79, 31]
 
 
 def test_the_journal_is_read_where_the_kernels_log_may_not_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

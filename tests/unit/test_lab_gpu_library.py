@@ -16,7 +16,7 @@ import pytest
 from lab_gpu_kit import NEEDS_GCC, Simulated, built_library, simulated
 
 from opsctl.errors import RefusedError, UsageError
-from opsctl.lab.gpu import faults, layout, library
+from opsctl.lab.gpu import faults, layout, library, state_file
 from opsctl.lab.gpu.profiles import known, named
 
 pytestmark = NEEDS_GCC
@@ -191,17 +191,92 @@ print(nvml.nvmlDeviceGetTemperature(h, 0), flush=True)
     reader.stdin.write("\n")
     reader.stdin.flush()
     assert reader.stdout.readline() == "asking\n"
-    blocked, deadline = Path(f"/proc/{reader.pid}/status"), time.monotonic() + 20
-    while "SigBlk:\t0000000000000000" in blocked.read_text():  # until it is in the call
-        if time.monotonic() > deadline:
-            reader.kill()
-            reader.communicate()
-            pytest.fail("the call blocks no signals, or does not block")
+    try:
+        until_blocked(reader.pid, 1)
+    except AssertionError:
+        reader.kill()
+        reader.communicate()
+        raise
     reader.terminate()
     assert reader.poll() is None
     h200.state.machine.gpus[0].hang_until_ns = 0
     assert reader.communicate(timeout=30)[0] in ("61\n", "")
     assert reader.returncode == -15
+
+
+def until_blocked(pid: int, threads: int) -> None:
+    """Waits until so many threads of a process block signals, as those do that wait for a hanging driver."""
+    deadline = time.monotonic() + 20
+    while sum("SigBlk:\t0000000000000000" not in path.read_text()
+              for path in Path(f"/proc/{pid}/task").glob("*/status")) < threads:
+        assert time.monotonic() < deadline, "the calls block no signals, or do not block"
+
+
+@pytest.mark.parametrize("gpu_only", [False, True])
+def test_a_shutdown_while_a_call_hangs(h200: Simulated, gpu_only: bool) -> None:
+    """It hangs too when the driver does, and takes nothing away from the call that waits for one GPU."""
+    reader = h200.start("""
+import threading
+nvml.nvmlInit()
+h = nvml.nvmlDeviceGetHandleByIndex(0)
+call = threading.Thread(target=lambda: print(asked(nvml.nvmlDeviceGetTemperature, h, 0), flush=True))
+stop = threading.Thread(target=lambda: print(asked(nvml.nvmlShutdown), "stopped", flush=True))
+print("ready", flush=True); sys.stdin.readline()
+call.start()
+print("asking", flush=True); sys.stdin.readline()
+stop.start()
+call.join(); stop.join()
+print(asked(nvml.nvmlDeviceGetCount), asked(nvml.nvmlInit), nvml.nvmlDeviceGetCount())
+""")
+    assert reader.stdin is not None
+    assert reader.stdout is not None
+    hanging = h200.state.machine.gpus[0] if gpu_only else h200.state.machine
+    try:
+        assert reader.stdout.readline() == "ready\n"
+        hanging.hang_until_ns = faults.monotonic_ns() + 3600 * 10**9
+        reader.stdin.write("\n")
+        reader.stdin.flush()
+        assert reader.stdout.readline() == "asking\n"
+        until_blocked(reader.pid, 1)
+        reader.stdin.write("\n")
+        reader.stdin.flush()
+        if gpu_only:  # the library itself does not hang
+            assert reader.stdout.readline() == "None stopped\n"
+        else:
+            until_blocked(reader.pid, 2)
+        hanging.hang_until_ns = 0
+        said, complained = reader.communicate(timeout=30)
+    finally:
+        reader.kill()
+        reader.communicate()
+    lines = said.splitlines()
+    assert reader.returncode == 0, complained
+    assert lines[-1] == "NVMLError_Uninitialized None 2"
+    assert "61" in lines or not gpu_only
+
+
+def test_a_machine_that_is_made_anew_is_seen_after_the_next_init(h200: Simulated) -> None:
+    reader = h200.start("""
+def count():
+    nvml.nvmlInit()
+    print(nvml.nvmlDeviceGetCount(), flush=True)
+    nvml.nvmlShutdown()
+count(); sys.stdin.readline(); count()
+""")
+    assert reader.stdin is not None
+    assert reader.stdout is not None
+    assert reader.stdout.readline() == "2\n"
+    state_file.create(h200.folder / "lab-state", h200.uuids[:1], named("H200"))
+    with state_file.StateFile(h200.folder / "lab-state") as state:
+        state.machine.module_version = b"580.126.09"
+    assert reader.communicate("\n", timeout=30)[0] == "1\n"
+
+
+@NEEDS_ROOT
+def test_a_state_that_may_only_be_read_is_not_set(h200: Simulated) -> None:
+    """As in a unit that has it read-only: who opens it here is nobody, and root again when it comes to setting."""
+    said = h200.run("os.seteuid(65534); nvml.nvmlInit(); os.seteuid(0)\n" + SETTERS)
+    assert said == ["NVMLError_NoPermission"] * 7 + [700_000]
 
 
 XIDS = """

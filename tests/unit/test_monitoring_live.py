@@ -6,9 +6,11 @@ import json
 import re
 import socket
 import subprocess
+import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -190,6 +192,61 @@ def check_what_verify_reads(site: Site) -> None:
     assert monitoring.wrong_rules(texts, site.api("/api/v1/rules")["groups"]) == []
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/api/v2/alerts",
                         site.api("/api/v1/alertmanagers")["activeAlertmanagers"][0]["url"])
+
+
+def alert(name: str, host: str, **labels: str) -> dict[str, Any]:
+    return {"labels": {"alertname": name, "host": host, "severity": "critical", **labels}}
+
+
+STALE = "OpsctlTelemetryStale"
+TOLD = {  # what fires, and whether it is told all the same
+    "gpu-1 is down": (alert(STALE, "gpu-1", cause="host"), True),
+    "its node_exporter": (alert(STALE, "gpu-1", cause="silent", job="node"), False),
+    "its agent": (alert(STALE, "gpu-1", cause="silent", job="gpu"), False),
+    "its engine": (alert(STALE, "gpu-1", cause="engine", severity="warning", inference_instance="chat.0"), False),
+    "what it said before": (alert(HOT, "gpu-1", UUID="GPU-1"), True),
+    "a dead node_exporter": (alert(STALE, "gpu-2", cause="silent", job="node"), True),
+    "a lost GPU beside it": (alert(STALE, "gpu-2", cause="missing_gpus"), True),
+    "an old sample beside it": (alert(STALE, "gpu-2", cause="old_sample"), True),
+    "a dead agent beside it": (alert(STALE, "gpu-2", cause="silent", job="gpu"), True),
+    "a hot GPU beside it": (alert(HOT, "gpu-2", UUID="GPU-2"), True),
+    "a dead load balancer": (alert(STALE, "ops-1", cause="silent", job="load_balancer"), True),
+    "an idle GPU of the fleet": (alert(IDLE, "gpu-3", severity="warning", UUID="GPU-3"), True),
+}
+
+
+def test_an_alert_mutes_what_it_explains_and_nothing_else(tmp_path: Path) -> None:
+    """The real Alertmanager says which alerts it keeps to itself."""
+    programs, port = find_programs(), free_port()
+    text = alertmanager_configuration(monitoring_host="ops-1", monitoring_receivers=monitoring.receivers({}))
+    (tmp_path / "alertmanager.yml").write_text(moved(text, mail=MAIL))
+    url = f"http://127.0.0.1:{port}/api/v2/alerts"
+    with (tmp_path / "log").open("wb") as log:
+        running = subprocess.Popen(
+            [*command_of(programs, "prometheus-alertmanager"), f"--config.file={tmp_path}/alertmanager.yml",
+             f"--storage.path={tmp_path}/nflog", f"--web.listen-address=127.0.0.1:{port}", "--cluster.listen-address="],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        assert wait_for_port(port), (tmp_path / "log").read_text()
+        sent = urllib.request.Request(url, json.dumps([one for one, _ in TOLD.values()]).encode(),
+                                      {"Content-Type": "application/json"})
+        urllib.request.urlopen(sent, timeout=10).close()
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            muted = [one["labels"] for one in json.load(answer) if one["status"]["inhibitedBy"]]
+    finally:
+        running.terminate()
+        running.wait(timeout=20)
+    assert {what: one["labels"] not in muted for what, (one, _) in TOLD.items()} == {
+        what: told for what, (_, told) in TOLD.items()}
+
+
+def wait_for_port(port: int) -> bool:
+    """Until somebody listens there."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return True
+    return False
 
 
 @pytest.mark.skipif(not Path("/usr/sbin/haproxy").exists(), reason="haproxy is not on this machine")

@@ -102,6 +102,8 @@ def test_promtool_passes_every_case(programs: Path, tmp_path: Path) -> None:
     ("opsctl_gpu_thermal_margin_celsius", "opsctl_gpu_thermal_margin"),  # a metric that is gone
     ("<= 5", "< 5"),
     ("unless on (host, service, inference_instance) (opsctl:instance_weight <= 10)", ""),
+    ("max_over_time(up{job=\"load_balancer\"}[1m])", "up{job=\"load_balancer\"}"),  # a missed answer begins it anew
+    ("opsctl:instance_weight{host=%q", "opsctl:instance_weight{instance=%q"),
 ])
 def test_a_rule_that_was_broken_does_not_pass(programs: Path, tmp_path: Path, before: str, after: str) -> None:
     write_rules(tmp_path / "rules")

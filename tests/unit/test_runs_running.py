@@ -15,6 +15,7 @@ from opsctl.agent import holds as host_holds
 from opsctl.agent import locks as host_locks
 from opsctl.agent import runs as host_runs
 from opsctl.engines.events import Event, Note, PhaseStarted, Progress, RunStarted, TaskResult, discard
+from opsctl.engines.session import Completed
 from opsctl.errors import (
     ConfigurationError,
     ExitCode,
@@ -293,6 +294,7 @@ def test_a_pattern_that_meets_a_held_host_goes_on_without(fleet: Fleet, hosts: d
 
 MODULE = {"what": "ansible", "pid": 7, "unit": "", "command": "python3 AnsiballZ_apt.py"}
 DPKG = {"what": "dpkg", "pid": 8, "unit": "", "command": "apt-get upgrade"}
+DRIVER = {"what": "driver", "pid": None, "unit": "opsctl-driver.service", "command": ""}
 
 
 def test_what_an_earlier_controller_left_is_waited_for(fleet: Fleet, hosts: dict[str, RunsHost],
@@ -320,6 +322,40 @@ def test_a_dpkg_stops_a_provision_and_no_update(fleet: Fleet, hosts: dict[str, R
     assert paused.value.code == "host.busy"
     assert "packages are being installed (process 8)" in paused.value.message
     assert [run.unfinished for run in read_runs(fleet) if run.verb == "provision"] == [True]
+
+
+@pytest.mark.parametrize("intent", [V2, BACK, {"verb": "provision"}])
+def test_nobody_goes_on_while_a_driver_is_changed(fleet: Fleet, hosts: dict[str, RunsHost], intent: dict[str, str],
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(0, 10_000, 700))
+    monkeypatch.setattr(busy.wait_until_idle, "__defaults__", (lambda: float(next(ticks)), lambda _: None))
+    hosts["gpu-2"].busy = [[MODULE, DRIVER]] * 9  # the task that began it waits for it
+    seen: list[Event] = []
+    with pytest.raises(PausedError) as paused, running.running(task(fleet, intent), seen.append):
+        pass
+    assert paused.value.code == "host.busy"
+    words = "a change of the driver that an earlier provision began"
+    assert paused.value.message.startswith(f"gpu-2 has been busy for 35 minutes: {words}")
+    assert any(isinstance(event, Note) and event.message.endswith(words) for event in seen)
+
+
+def test_a_driver_is_seen_where_there_is_no_agent_yet(fleet: Fleet, hosts: dict[str, RunsHost],
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """The role of the driver comes before that of the agent, so a first provision leaves just that."""
+    monkeypatch.setattr(busy.wait_until_idle, "__defaults__", (lambda: 0.0, lambda _: None))
+    said = iter(["71 /usr/bin/python3 /usr/local/lib/opsctl/driver-transaction {}\n", ""])
+    real = RunsHost._program
+
+    def program(host: RunsHost, argv: Any, chunks: Any) -> Any:
+        return Completed(0, next(said), "") if argv == busy.MODULES else real(host, argv, chunks)
+
+    monkeypatch.setattr(RunsHost, "_program", program)
+    hosts["gpu-1"].bare = True
+    seen: list[Event] = []
+    with running.running(replace(task(fleet, {"verb": "provision"}), hosts=(fleet.host("gpu-1"),)), seen.append):
+        assert list(said) == []
+    assert [event.message for event in seen if isinstance(event, Note)] == [
+        "busy, waiting for it to end: a change of the driver that an earlier provision began (process 71)"]
 
 
 def test_without_the_gateway_a_rollback_goes_on(fleet: Fleet, hosts: dict[str, RunsHost]) -> None:

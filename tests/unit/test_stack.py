@@ -245,6 +245,51 @@ class TestCourse:
         assert "nvidia-settings=595.71.05-1+lab" in driver.install
         assert driver.remove == ("libnvidia-old1",)
 
+    def test_the_other_module_goes_also_when_it_is_installed_by_half(self) -> None:
+        target = want(flavour="proprietary")
+        seen = dataclasses.replace(settled(want()), states={"nvidia-kernel-open-dkms": "half-configured"})
+        assert course(target, seen, INDEX).transactions[0].remove == ("nvidia-kernel-open-dkms",)
+
+    @pytest.mark.parametrize(("name", "what"), [
+        ("nvidia-modprobe", "driver"), ("nvidia-driver-pinning-580.126.09", "pin"), ("linux-headers-amd64", "driver")])
+    def test_what_is_installed_by_half_goes_in_again(self, name: str, what: str) -> None:
+        target = dataclasses.replace(want(), own=("linux-headers-amd64",))
+        seen = dataclasses.replace(settled(target), installed={**has(target), "linux-headers-amd64": "6.1.140-1"})
+        assert course(target, seen, INDEX).transactions == ()
+        found = course(target, dataclasses.replace(seen, states={name: "half-installed"}), INDEX)
+        assert [one.what for one in found.transactions] == [what]
+        assert name in {word.partition("=")[0] for word in found.transactions[0].install}
+        assert found.change == "mend"
+
+    def test_what_has_the_drivers_version_already_is_not_removed(self) -> None:
+        """The index may lack it: a source that was switched off, or a name that nobody foresaw."""
+        target = want()
+        seen = dataclasses.replace(settled(target), installed={**has(target), "libnvsdm": "580.126.09-1+lab"})
+        assert course(target, seen, INDEX) == Course("none", (), (), False)
+        seen = dataclasses.replace(seen, installed={**has(target), "libnvsdm": "580.105.08-1+lab"})
+        assert course(target, seen, INDEX).transactions[0].remove == ("libnvsdm",)
+
+    def test_what_has_a_version_of_its_own_is_not_taken_for_a_driver(self) -> None:
+        """The subnet manager of NVLink5 boards is numbered by the year, which looks like a driver's version."""
+        target = dataclasses.replace(want(), own=("nvlsm",))
+        missing = course(target, settled(target), INDEX)
+        assert [(one.what, one.install[-1], one.remove) for one in missing.transactions] == [("driver", "nvlsm", ())]
+        there = dataclasses.replace(settled(target), installed={**has(target), "nvlsm": "2025.03.1-1"})
+        assert course(target, there, INDEX) == Course("none", (), (), False)
+
+    def test_more_of_the_fabric_manager_stays_where_there_is_a_fabric(self) -> None:
+        index = {**INDEX, **parse_index("".join(f"Package: nvidia-fabricmanager-dev\nVersion: {version}-1+lab\n\n"
+                                                for version in ("580.126.09", "595.71.05")))}
+        before = want(gpus=(H200,))
+        installed = {**has(before), "nvidia-fabricmanager-dev": "580.126.09-1+lab"}
+        seen = dataclasses.replace(settled(before), installed=installed,
+                                   held=frozenset((*before.holds, "nvidia-fabricmanager-dev")))
+        assert course(before, seen, index) == Course("none", (), (), False)
+        driver = course(want("595.71.05", gpus=(H200,)), seen, index).transactions[1]
+        assert ("nvidia-fabricmanager-dev=595.71.05-1+lab" in driver.install, driver.remove) == (True, ())
+        assert course(want(), seen, index).transactions[0].remove == ("nvidia-fabricmanager",
+                                                                      "nvidia-fabricmanager-dev")
+
     def test_a_leaf_that_drifted_and_a_lost_hold_are_mended(self) -> None:
         target = want()
         drifted = {**has(target), "nvidia-modprobe": "580.126.09-1"}
@@ -257,7 +302,10 @@ class TestCourse:
 class TestIdle:
     @pytest.mark.parametrize("seen", [
         dataclasses.replace(settled(want()), serving=("inference@chat.0.service",)),
-        dataclasses.replace(settled(want("595.71.05")), serving=("inference@chat.0.service",), loaded="580.126.09")])
+        dataclasses.replace(settled(want("595.71.05")), serving=("inference@chat.0.service",), loaded="580.126.09"),
+        # Of an installer that is no package: its libraries are in use, whichever version it is.
+        Seen((L40S,), serving=("inference@chat.0.service",), loaded="580.126.09"),
+        Seen((L40S,), serving=("inference@chat.0.service",), loaded="595.71.05")])
     def test_no_change_under_running_instances(self, seen: Seen) -> None:
         with pytest.raises(OpsctlError) as caught:
             check_idle("gpu-1", course(want("595.71.05"), seen, INDEX), seen)
@@ -286,8 +334,8 @@ class TestProgram:
         "wish": {"host": "gpu-1", "version": "580.126.09", "flavour": "", "fabric_manager": "auto", "gpu_model": ""},
         "names": {"exact": NAMES.exact, "open": NAMES.open, "proprietary": NAMES.proprietary, "fabric": NAMES.fabric,
                   "own": []},
-        "seen": {"gpus": [H200], "switches": 0, "installed": {}, "held": [], "loaded": "", "serving": [], "dpkg": "",
-                 "kernel": "", "headers": True}}
+        "seen": {"gpus": [H200], "switches": 0, "installed": {}, "states": {}, "held": [], "loaded": "",
+                 "serving": [], "dpkg": "", "kernel": "", "headers": True}}
 
     def test_a_question_on_stdin(self, tmp_path: Path) -> None:
         (tmp_path / "Packages").write_text(vendor("580.126.09"))

@@ -34,6 +34,9 @@ def told(*devices: dict[str, Any], **changes: Any) -> dict[str, Any]:
 LOST = device(1, state="lost", words="fell off the bus", temperature_c=None, margin_c=None,
               xids=[{"xid": 79, "count": 2, "at": 0.0}])
 
+UNREADABLE = device(1, state="unreadable", words="nvmlDeviceGetPowerUsage: Unknown Error", temperature_c=None,
+                    margin_c=None)
+
 
 def shown(what: dict[str, Any], *, each: bool = False) -> list[Line]:
     return lines(gpus_of({"gpu-1": {"gpus": what}}), each=each)
@@ -43,12 +46,16 @@ def shown(what: dict[str, Any], *, each: bool = False) -> list[Line]:
     ([device(0), device(1)], "61 °C (margin 26)"),
     ([device(0, margin_c=3), device(1)], "60 °C (margin 3)"),
     ([device(0, margin_c=None), device(1)], "61 °C (margin 26)"),
-    ([device(0, margin_c=-2), device(1, reasons=["thermal slowdown"])], "61 °C (margin 26)"),
+    ([device(0, margin_c=2), device(1, reasons=["thermal slowdown"])], "61 °C (margin 26)"),
+    ([device(0, margin_c=2), device(1, reasons=["power brake"])], "61 °C (margin 26)"),
+    ([device(0, margin_c=-2), device(1, reasons=["thermal slowdown"])], "60 °C (margin -2)"),
+    ([device(0), device(1, margin_c=3), device(2, xids=[{"xid": 79, "count": 1, "at": 0.0}])], "62 °C (margin 25)"),
+    ([device(0, words="nvmlDeviceGetFanSpeed: Unknown Error"), device(1, margin_c=3)], "60 °C (margin 27)"),
     ([device(0, margin_c=None, temperature_c=70), device(1, margin_c=None, temperature_c=71)], "71 °C"),
 ])
 def test_the_worst_is_shown(devices: list[dict[str, Any]], first: str) -> None:
     (line,) = shown(told(*devices))
-    assert (line.gpus, line.temperature) == ("2 x H200", first)
+    assert (line.gpus, line.temperature) == (f"{len(devices)} x H200", first)
     assert shown(told(*devices), each=True)[0].temperature == first
 
 
@@ -61,6 +68,12 @@ def test_one_line_of_a_host() -> None:
 @pytest.mark.parametrize(("what", "level", "note"), [
     (told(device(0)), "good", ""),
     (told(device(0), LOST), "bad", "GPU 1: lost: fell off the bus, XID 79 x 2"),
+    (told(device(0), UNREADABLE), "bad", "GPU 1: unreadable: nvmlDeviceGetPowerUsage: Unknown Error"),
+    (told(device(0, words="nvmlDeviceGetFanSpeed: Unknown Error")), "warning", "nvmlDeviceGetFanSpeed: Unknown Error"),
+    (told(device(0, reasons=["power brake"])), "warning", "power brake"),
+    (told(device(0, reasons=["power cap"])), "good", "power cap"),
+    (told(device(0), device(1, xids=[{"xid": 48, "count": 1, "at": 0.0}], temperature_c=30, margin_c=60)), "warning",
+     "GPU 1: XID 48"),
     (told(device(0), expected=2, missing=["GPU-9"]), "bad", "1 of 2 missing"),
     (told(device(0), age_s=16.0), "bad", "stale, last seen 16 s ago: "),
     (told(device(0), age_s=40.0, state="hung", words="it hangs"), "bad", "hung, last seen 40 s ago: it hangs"),
@@ -76,6 +89,7 @@ def test_what_is_said_of_a_host(what: dict[str, Any], level: str, note: str) -> 
     (told(device(0)), []),
     (told(device(0, margin_c=-1, reasons=["thermal slowdown"])), []),  # an alert's business
     (told(device(0), LOST), ["GPU 1 lost"]),
+    (told(device(0), UNREADABLE), ["GPU 1 unreadable"]),
     (told(device(0), expected=2, missing=["GPU-9"]), ["1 of 2 GPUs missing"]),
     (told(device(0), age_s=16.0), ["GPUs stale"]),
     (told(age_s=None, state="mismatch"), ["GPUs mismatch"]),

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from machines import Machine, Sessions
 from release_kit import make_host, make_keys
+from rich.console import Console
 
 from opsctl import traffic
+from opsctl.cli.drain import _plan
 from opsctl.engines.events import Event, Progress, discard
 from opsctl.errors import MixedError, OpsctlError, PausedError, RefusedError, UsageError
 from opsctl.fleet.model import Fleet, Host, Service
@@ -85,6 +87,30 @@ def test_what_goes_on_serving(states: dict[str, Any], target: str, weight: int, 
     (found,) = effect(FLEET, states, choose(FLEET, [target]), weight)
     assert (found.serving, found.remaining) == result
     assert found.silent == tuple(name for name, one in states.items() if isinstance(one, OpsctlError))
+
+
+@pytest.mark.parametrize(("drains", "weight", "then"), [
+    ({}, 50, 50),
+    ({"operator:ann": 0}, 50, 50),  # her own word of before is gone: this raises it
+    ({"operator:ann": 70}, 50, 50),
+    ({"operator:bob": 0}, 50, 0),
+    ({"operator:ann": 0, "guard": 30}, 50, 30),
+])
+def test_what_a_drain_says_beforehand_is_what_comes_of_it(
+        machines: dict[str, Machine], drains: dict[str, int], weight: int, then: int) -> None:
+    chosen = choose(ONE, ["gpu-1"])
+    for owner, before in drains.items():
+        traffic.drain(ONE, chosen, owner, before, "", discard)
+    told = [{"instance": "chat.0", "owner": owner, "weight": before} for owner, before in drains.items()]
+    row = {"instance": "chat.0", "service": "chat", "index": 0, "port": 8100, "unit": "active", "sub": "running",
+           "release": "v1", "digest": "0" * 64, "health": "healthy", "running": 0, "waiting": 0, "since": 0}
+    console = Console(width=120, color_system=None)
+    with console.capture() as shown:
+        console.print(_plan(ONE, chosen, {"gpu-1": {"instances": [row], "drains": told}}, (), "operator:ann", weight))
+    (line,) = [line for line in shown.get().splitlines() if line.startswith("gpu-1")]
+    assert line.rstrip().endswith(f" {then} %")
+    (after,) = traffic.drain(ONE, chosen, "operator:ann", weight, "", discard)
+    assert after["weight"] == then
 
 
 @pytest.mark.parametrize(("serving", "remaining", "min_serving", "allow", "refused"), [

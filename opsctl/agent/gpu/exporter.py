@@ -15,7 +15,7 @@ from opsctl.agent.drains import boot_clock
 from opsctl.agent.gpu import kernel_log, told
 from opsctl.agent.gpu.metrics import Known, render, values
 from opsctl.agent.gpu.reader import TICK_S, Reader
-from opsctl.agent.gpu.verdict import Verdict, judge
+from opsctl.agent.gpu.verdict import INCOMPLETE_STATES, Verdict, judge
 from opsctl.agent.gpu.web import Answer, Request, Web
 from opsctl.agent.gpu.xids import Xids
 from opsctl.agent.paths import Paths
@@ -72,7 +72,7 @@ class Exporter:
             while True:
                 self.look()
                 view = self.reader.view
-                incomplete = view.fresh(self._clock()) and self.verdict().state in ("lost", "missing")
+                incomplete = view.fresh(self._clock()) and self.verdict().state in INCOMPLETE_STATES
                 self.reader.tick(self.wanted, incomplete)
                 if self.wanted or written:
                     written = self._write()

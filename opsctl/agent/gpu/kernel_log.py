@@ -19,7 +19,8 @@ KMSG = Path("/dev/kmsg")
 XID = re.compile(r"NVRM: Xid \((?:PCI:)?(?P<pci>[0-9A-Fa-f]+:[0-9A-Fa-f]+:[0-9A-Fa-f]+)[^)]*\): (?P<xid>\d+)")
 RECORD = re.compile(r"^\d+,\d+,(?P<us>\d+),[^;]*;(?P<text>.*)")
 # The kernel's own lines, and those that root hands on in its name, as happens in containers and with syslog daemons.
-JOURNAL = ("journalctl", "--boot", "--follow", "--lines=1000", "--output=json", "--no-pager", "--quiet",
+# All of this boot's: what --lines counts are lines before they are searched, and hosts talk a lot.
+JOURNAL = ("journalctl", "--boot", "--follow", "--no-tail", "--output=json", "--no-pager", "--quiet",
            "--output-fields=MESSAGE", "--grep=NVRM: Xid",
            "_TRANSPORT=kernel", "+", "SYSLOG_IDENTIFIER=kernel", "_UID=0")
 POLL_S = 0.5

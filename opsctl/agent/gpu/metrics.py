@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from opsctl.agent.gpu import reasons
 from opsctl.agent.gpu.reader import View
 from opsctl.agent.gpu.series import GPU, GPU_LABELS, HOST, HOST_LABEL, MIG, MIG_LABELS, Series
-from opsctl.agent.gpu.verdict import Verdict
-from opsctl.agent.gpu.xids import Xids
+from opsctl.agent.gpu.verdict import Verdict, unseen_uuids
+from opsctl.agent.gpu.xids import Xids, words_of
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -40,7 +40,9 @@ def values(known: Known) -> Iterator[tuple[Series, list[Value]]]:
     gpus = [enriched(known, gpu) for gpu in told_gpus(known)]
     for one in GPU:
         found = [({**labels_of(gpu), **more}, value) for gpu in gpus for more, value in entries(one, gpu)]
-        if one in MIG:
+        if one in MIG:  # of a GPU that is cut its parts alone, as DCGM has it: who adds up counts nothing twice
+            found = [({**labels_of(gpu), **more}, value)
+                     for gpu in gpus if not gpu.get("mig") for more, value in entries(one, gpu)]
             found += [({**labels_of(gpu), **part_labels(part)}, value)
                       for gpu in gpus for part in gpu.get("mig", ()) for _, value in entries(one, part)]
         if found:
@@ -59,7 +61,7 @@ def told_gpus(known: Known) -> list[dict[str, Any]]:
     there = {gpu.get("pci") for gpu in found}
     for pci in sorted(known.xids.addresses() - there):
         of_old = known.view.gpus.get(pci, {})
-        found.append({key: of_old[key] for key in ("index", "uuid", "minor", "name") if key in of_old} | {
+        found.append({key: of_old[key] for key in ("index", "uuid", "name") if key in of_old} | {
             "pci": pci, "state": "gone"})
     return found
 
@@ -70,12 +72,14 @@ def enriched(known: Known, gpu: Mapping[str, Any]) -> dict[str, Any]:
     errors = known.xids.of(pci)
     more: dict[str, Any] = {"xid_counts": {xid: one.count for xid, one in errors.items()},
                             "xid_times": {xid: one.at for xid, one in errors.items()}}
-    if gpu["state"] in ("ok", "lost"):
-        more |= {"xid_last": known.xids.last(pci), "lost": int(gpu["state"] == "lost")}
+    if gpu["state"] != "gone":
+        last = known.xids.last(pci)
+        more |= {"xid_last": ({"err_code": str(last), "err_msg": words_of(last)}, last),
+                 "lost": int(gpu["state"] != "ok")}
     if gpu["state"] == "ok":
         more["info"] = {"driver_version": (known.view.sample or {}).get("driver", ""),
                         "cuda_version": (known.view.sample or {}).get("cuda", ""),
-                        "vbios": gpu.get("vbios", ""), "serial": gpu.get("serial", "")}
+                        "vbios": gpu.get("vbios", ""), "serial": gpu.get("serial", ""), "minor": gpu.get("minor", "")}
         if "reasons" in gpu:
             more["reason_bits"] = reasons.bits(gpu["reasons"])
         if "margin_source" in gpu:
@@ -96,9 +100,8 @@ def host_numbers(known: Known) -> dict[str, Any]:
     numbers |= {"sample_age_s": view.age(now), "call_age_s": view.call_age(now), "samples": view.samples,
                 "restarts": view.restarts}
     if view.fresh(now) and view.sample is not None:
-        numbers |= {"seen": sum(gpu["state"] == "ok" for gpu in view.sample["gpus"]), "took_s": view.sample["took_s"]}
-    elif known.verdict.state in ("no_driver", "mismatch", "no_library"):
-        numbers["seen"] = 0
+        numbers |= {"seen": sum(gpu["state"] == "ok" for gpu in view.sample["gpus"]), "took_s": view.sample["took_s"],
+                    "missing": len(unseen_uuids(view, known.expected))}
     return numbers
 
 
@@ -109,6 +112,8 @@ def entries(one: Series, gpu: Mapping[str, Any]) -> list[Value]:
         value = value.get(part) if isinstance(value, Mapping) else None
     if value is None:
         return []
+    if isinstance(value, tuple):  # with labels of its own
+        return [(value[0], float(value[1]))]
     if not isinstance(value, Mapping):
         return [({}, float(value))]
     if not one.label:  # a table of labels: an info series
@@ -117,8 +122,8 @@ def entries(one: Series, gpu: Mapping[str, Any]) -> list[Value]:
 
 
 def labels_of(gpu: Mapping[str, Any]) -> dict[str, str]:
-    """The labels of one GPU, as dcgm-exporter orders them."""
-    device = f"nvidia{gpu['minor']}" if "minor" in gpu else ""
+    """The labels of one GPU, as dcgm-exporter orders them; its ``device`` is the index, not the node's minor number."""
+    device = f"nvidia{gpu['index']}" if "index" in gpu else ""
     texts = (str(gpu.get("index", "")), gpu.get("uuid", ""), gpu.get("pci", ""), device, gpu.get("name", ""))
     return dict(zip(GPU_LABELS, texts, strict=True))
 

@@ -11,7 +11,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ RETRY_S = 10.0  # after NVML could not be asked: no driver, another version
 PAUSE_S = 1.0  # before it is started again; doubles with each failure up to the next
 LONGEST_PAUSE_S = 60.0
 LOOK_AGAIN_S = 300.0  # a GPU that is lost or missing may be back, and only a new process finds it
+IDENTITY = ("uuid", "name", "pci", "minor", "serial", "vbios")  # what stays as it is when a GPU is lost
 LINE_LIMIT = 16 << 20  # bytes without a newline: that is none of ours
 
 Step = Literal["start", "stop", "replace", "wait"]
@@ -62,7 +64,8 @@ class View:
                 self.good = line["at"]
                 self.samples += 1
                 self.failures = 0
-                self.gpus.update({gpu["pci"]: gpu for gpu in line["gpus"] if "pci" in gpu})
+                self.sample = {**line, "gpus": named(line["gpus"], self.gpus.values())}
+                self.gpus.update({gpu["pci"]: gpu for gpu in self.sample["gpus"] if "pci" in gpu})
 
     def age(self, now: float) -> float:
         """Of the last good sample, in seconds; without one, since it was wanted."""
@@ -76,6 +79,21 @@ class View:
         """Whether the last sample is a good one and young enough to count."""
         return (self.good is not None and self.sample is not None and self.sample["state"] == "ok"
                 and now - self.good <= STALE_S)
+
+
+def named(gpus: Sequence[dict[str, Any]], known: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``gpus`` with the names of those that NVML gives none for: a GPU that was lost before this reader began. Pure.
+
+    By its old index, and only where those without a name are in the places of just those that are not there: else
+    they may have been counted anew, and a wrong name is worse than none.
+    """
+    nameless = sorted(gpu["index"] for gpu in gpus if not gpu.get("uuid"))
+    there = {gpu.get("uuid") for gpu in gpus}
+    gone = {one["index"]: one for one in known if one.get("uuid") and one["uuid"] not in there}
+    if nameless != sorted(gone):
+        return list(gpus)
+    of_old = {index: {key: one[key] for key in IDENTITY if key in one} for index, one in gone.items()}
+    return [gpu if gpu.get("uuid") else {**of_old[gpu["index"]], **gpu} for gpu in gpus]
 
 
 def next_step(view: View, now: float, wanted: bool, incomplete: bool) -> Step:
@@ -157,15 +175,13 @@ class Reader:
         return self._process.stdout.fileno()
 
     def _readable(self) -> None:
-        if not self._take():
-            asyncio.get_running_loop().remove_reader(self._output())
+        with suppress(BlockingIOError):
+            if not self._take():
+                asyncio.get_running_loop().remove_reader(self._output())
 
     def _take(self) -> bool:
-        """Hears what came; False at the end of it."""
-        try:
-            data = os.read(self._output(), 1 << 16)
-        except BlockingIOError:
-            return True
+        """Hears what came; False at the end of it. Raises BlockingIOError when nothing came."""
+        data = os.read(self._output(), 1 << 16)
         *lines, self._rest = (self._rest + data).split(b"\n")
         self._rest = self._rest if len(self._rest) <= LINE_LIMIT else b""
         for line in lines:
@@ -184,10 +200,12 @@ class Reader:
     def _reap(self, now: float) -> None:
         if self._process is None or self._process.poll() is None:
             return
-        while self._take():  # nobody writes any more, so there is an end
-            pass
+        with suppress(BlockingIOError):  # what it left; a child of its own may still hold the pipe, so no end may come
+            while self._take():
+                pass
         asyncio.get_running_loop().remove_reader(self._output())
-        self._process.communicate()
+        assert self._process.stdout is not None  # noqa: S101 - it was asked for
+        self._process.stdout.close()
         view, status = self.view, self._process.returncode
         view.failed = view.failed or status not in (0, EXIT_LOCKED)
         if view.failed:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from opsctl.agent.gpu.gpm import Gpm
-from opsctl.agent.gpu.nvml import LostError, Nvml
+from opsctl.agent.gpu.nvml import GoneError, LostError, Nvml
 
 MIB = 1024 * 1024
 ABSURD_C = 200  # DCGM takes nothing above for a temperature
@@ -41,13 +41,19 @@ class Gpu:
     identity: dict[str, Any] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
     gpm: Gpm | None = None
+    words: str = ""  # why there is no handle
 
 
 def open_gpus(nvml: Nvml) -> list[Gpu]:
     """All GPUs, by index; one that is lost has no handle. Raises GoneError."""
     gpus = []
-    for index in range(nvml.ask(-1, ("nvmlDeviceGetCount",)) or 0):
+    nvml.troubles.clear()
+    count = nvml.ask(-1, ("nvmlDeviceGetCount",))
+    if count is None:  # none that is known, which is not the same as none
+        raise GoneError("failed", _troubles(nvml) or "NVML does not say how many GPUs there are")
+    for index in range(count):
         gpu = Gpu(index)
+        nvml.troubles.clear()
         try:
             handle = nvml.ask(index, ("nvmlDeviceGetHandleByIndex", index))
             if handle is not None:
@@ -55,8 +61,9 @@ def open_gpus(nvml: Nvml) -> list[Gpu]:
                 gpu.fixed = _fixed(nvml, index, handle)
                 gpu.gpm = Gpm.of(nvml, index, handle)
                 gpu.handle = handle
-        except LostError:
-            gpu.handle = None
+            gpu.words = _troubles(nvml)
+        except LostError as error:
+            gpu.words = str(error)
         gpus.append(gpu)
     return gpus
 
@@ -69,16 +76,21 @@ def host_facts(nvml: Nvml) -> dict[str, Any]:
 
 
 def sample(nvml: Nvml, gpu: Gpu) -> dict[str, Any]:
-    """One GPU now. ``state`` is ``ok`` or ``lost``, with words. Raises GoneError."""
+    """One GPU now. ``state`` is ``ok``, ``lost`` or ``unreadable``, with words. Raises GoneError.
+
+    ``unreadable``: NVML answers with errors, and does not even tell its temperature.
+    """
     known = {"index": gpu.index, **gpu.identity, **gpu.fixed}
     nvml.troubles.clear()
     try:
         if gpu.handle is None:
-            raise LostError("NVML gives no handle for it")
+            raise LostError(gpu.words or "NVML gives no handle for it")
         values = _values(nvml, gpu)
     except LostError as error:
         return {**known, "state": "lost", "words": str(error)}
-    return {**known, **values, "state": "ok", "words": "; ".join(nvml.troubles[:3])}
+    words = _troubles(nvml)
+    return {**known, **values, "state": "unreadable" if words and "temperature_c" not in values else "ok",
+            "words": words}
 
 
 def margin(api: int | None, values: dict[str, Any], offsets: dict[str, Any], thresholds: dict[str, Any]
@@ -106,6 +118,11 @@ def margin(api: int | None, values: dict[str, Any], offsets: dict[str, Any], thr
     if "memory_temperature_c" in values and "memory_max" in thresholds:
         margins.append(thresholds["memory_max"] - values["memory_temperature_c"])
     return {"margin_c": min(margins), "margin_source": source}
+
+
+def _troubles(nvml: Nvml) -> str:
+    """The first few, in NVML's words; the others say the same, mostly."""
+    return "; ".join(nvml.troubles[:3])
 
 
 def _identity(nvml: Nvml, index: int, handle: Any) -> dict[str, Any]:

@@ -69,11 +69,14 @@ def read(path: Path, expected: Sequence[str], now: float, proc: Path = Path("/pr
         silent_s = now - told.pop("at_boot_s")
         told.pop("good_at_boot_s")
         told["devices"] = [{**one, "users": users(one["pids"], proc)} for one in told["devices"]]
+        none = told["state"] == "none"  # the agent's last word where there are no GPUs any more: it grows old
     except (OSError, ValueError, KeyError, TypeError):
         if not expected:
             return None
         return {"state": "no_agent", "words": "opsctl-agent tells nothing of the GPUs: systemctl status opsctl-agent",
                 "driver": "", "expected": len(expected), "missing": [], "devices": [], "age_s": None}
+    if none and not expected:
+        return None
     if silent_s > SILENT_S:
         told |= {"state": "stale", "words": f"opsctl-agent said nothing for {silent_s:.0f} s: "
                                             "systemctl status opsctl-agent"}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from opsctl.agent.gpu.child import EXIT_LOCKED
 from opsctl.agent.gpu.reader import STALE_S, View
 
-STATES = ("none", "starting", "ok", "lost", "missing", "no_driver", "mismatch", "no_library", "failed", "hung", "stale")
-FRESH_STATES = frozenset({"ok", "lost", "missing"})  # the samples are young and good
+STATES = ("none", "starting", "ok", "lost", "unreadable", "missing", "no_driver", "mismatch", "no_library", "failed",
+          "hung", "stale")
+INCOMPLETE_STATES = frozenset({"lost", "unreadable", "missing"})  # a GPU is not as it should be; another look may help
+FRESH_STATES = INCOMPLETE_STATES | {"ok"}  # the samples are young and good
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,10 @@ def _blind(view: View, now: float, loaded: str) -> Verdict | None:
 
 def _seeing(view: View, expected: Collection[str]) -> Verdict:
     """What the last sample shows."""
-    lost = [gpu for gpu in (view.sample or {}).get("gpus", ()) if gpu["state"] == "lost"]
-    if lost:
-        return Verdict("lost", "; ".join(f"GPU {gpu['index']} ({gpu.get('uuid', 'no UUID')}) {gpu['words']}"
-                                         for gpu in lost), True)
+    silent = [gpu for gpu in (view.sample or {}).get("gpus", ()) if gpu["state"] != "ok"]
+    if silent:
+        return Verdict("lost" if any(gpu["state"] == "lost" for gpu in silent) else "unreadable", "; ".join(
+            f"GPU {gpu['index']} ({gpu.get('uuid', 'no UUID')}) {gpu['words']}" for gpu in silent), True)
     missing = missing_uuids(view, expected)
     if missing:
         return Verdict("missing", f"{len(missing)} of {len(expected)} GPUs not there: {', '.join(missing)}", True)
@@ -58,9 +61,17 @@ def _seeing(view: View, expected: Collection[str]) -> Verdict:
 
 def missing_uuids(view: View, expected: Collection[str]) -> list[str]:
     """Expected and not in the last sample. One that is lost is there as long as NVML still lists it."""
-    there = {gpu.get("uuid") for gpu in (view.sample or {}).get("gpus", ())}
-    parts = {part.get("uuid") for gpu in (view.sample or {}).get("gpus", ()) for part in gpu.get("mig", ())}
-    return [uuid for uuid in expected if uuid not in there | parts]
+    return _not_among((view.sample or {}).get("gpus", ()), expected)
+
+
+def unseen_uuids(view: View, expected: Collection[str]) -> list[str]:
+    """Expected and not there, or there and without an answer: whoever is meant to be there and cannot be used."""
+    return _not_among([gpu for gpu in (view.sample or {}).get("gpus", ()) if gpu["state"] == "ok"], expected)
+
+
+def _not_among(gpus: Collection[Mapping[str, Any]], expected: Collection[str]) -> list[str]:
+    there = {gpu.get("uuid") for gpu in gpus} | {part.get("uuid") for gpu in gpus for part in gpu.get("mig", ())}
+    return [uuid for uuid in expected if uuid not in there]
 
 
 def sentence(state: str, words: str, loaded: str) -> str:

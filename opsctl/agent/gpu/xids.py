@@ -1,15 +1,20 @@
 """How often each GPU reported which error (XID), and when last. Pure: times come from the caller.
 
 The same error comes from NVML and from the kernel's log; it counts once. Two that come from the same source are two.
+``xids.tsv`` has what they are called.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 
 SAME_S = 5.0  # between the two tellings of one error
 RECENT = 5  # that opsctl-host state tells of a GPU: of the last day
 DAY_S = 24 * 3600.0
+WORDS = Path(__file__).with_name("xids.tsv")
+UNKNOWN = "Unknown Error"
 
 
 @dataclass
@@ -59,3 +64,14 @@ class Xids:
         found = sorted(self.of(pci).items(), key=lambda item: -item[1].at)[:RECENT]
         found = [(xid, one) for xid, one in found if now - one.at <= DAY_S]
         return [{"xid": xid, "count": one.count, "at": one.at} for xid, one in found]
+
+
+def words_of(xid: int) -> str:
+    """``GPU has fallen off the bus`` for 79; 0 is none."""
+    return _words().get(xid, UNKNOWN)
+
+
+@cache
+def _words() -> dict[int, str]:
+    rows = [line.split("\t") for line in WORDS.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    return {int(xid): words for xid, words, _ in rows}

@@ -1,11 +1,13 @@
 """Prints as JSON what a host has of GPUs and their driver; with ``upstream`` also what its package sources have.
 
+Arguments: where packages come from, and the names and patterns of packages that are asked for; none: no package is.
 Looks at /sys, /proc, dpkg and systemd, and asks no driver: there may be none yet.
 """
 
 from __future__ import annotations
 
 import fcntl
+import fnmatch
 import json
 import os
 import re
@@ -18,12 +20,12 @@ from pathlib import Path
 PCI = Path("/sys/bus/pci/devices")
 NVIDIA = "0x10de"
 DISPLAY, BRIDGE = "0x03", "0x0680"  # PCI classes: VGA and 3D controllers; "other bridge", which NVSwitches are
-# Patterns of what belongs to a driver or is built for it; versions tell which of them move together.
-DRIVER_PACKAGES = ("nvidia-*", "libnvidia-*", "libcuda1", "libcudadebugger1", "libnvcuvid1", "libnvoptix1",
-                   "cuda-drivers*", "xserver-xorg-video-nvidia*", "firmware-nvidia-gsp", "linux-headers-*")
 FIELDS = "${Package}\t${Version}\t${db:Status-Want}\t${db:Status-Status}\n"
 LOCKS = ("/var/lib/dpkg/lock-frontend", "/var/lib/dpkg/lock")
 OUR_UNIT = "opsctl-driver.service"
+CHANGED = Path("/var/lib/opsctl/driver-changed")  # driver_transaction.py writes it: the boot of the last change
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+STOPPED = Path("/run/opsctl-driver.stopped")  # of a change that was killed: services that it had stopped
 FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, pid
 
 
@@ -40,23 +42,30 @@ def pci_devices(root: Path) -> tuple[list[str], int]:
     return gpus, switches
 
 
-def packages(listed: str) -> tuple[dict[str, str], list[str]]:
-    """Versions by name, and who is on hold. What is installed by half has its state for a version: to be mended."""
-    installed, held = {}, []
+def packages(listed: str) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """Versions by name; the states of those that are not installed whole, ``half-configured``; who is on hold."""
+    installed, states, held = {}, {}, []
     for line in listed.splitlines():
         name, version, want, status = line.split("\t")
         if status in ("not-installed", "config-files"):
             continue
-        installed[name] = version if status == "installed" else status
+        installed[name] = version
+        if status != "installed":
+            states[name] = status
         if want == "hold":
             held.append(name)
-    return installed, held
+    return installed, states, held
 
 
 def loaded_version(text: str) -> str:
     """The driver's version in /proc/driver/nvidia/version; empty when there is none."""
     found = re.search(r"^NVRM version:.*?\b(\d{3,4}\.\d+(?:\.\d+)?)\b", text, re.MULTILINE)
     return found[1] if found else ""
+
+
+def is_of_this_boot(changed: Path, boot_id: Path) -> bool:
+    """Whether the driver's packages were changed since the machine booted: no reboot was tried with them yet."""
+    return changed.exists() and changed.read_text() == boot_id.read_text()
 
 
 def dpkg_holder() -> str:
@@ -77,10 +86,11 @@ def dpkg_holder() -> str:
     return ""
 
 
-def sources_have(kernel: str) -> str:
+def sources_have(kernel: str, patterns: Sequence[str]) -> str:
     """The stanzas of every version of a package that may belong to a driver."""
+    known = re.compile("|".join(map(fnmatch.translate, (*patterns, f"linux-headers-{kernel}"))))
     names = said(["apt-cache", "pkgnames"]).split()
-    wanted = [name for name in sorted(names) if "nvidia" in name or "cuda" in name or name == f"linux-headers-{kernel}"]
+    wanted = [name for name in sorted(names) if known.match(name)]
     return said(["apt-cache", "show", "--all-versions", "--", *wanted]) if wanted else ""
 
 
@@ -94,17 +104,21 @@ def said(argv: Sequence[str]) -> str:
 def main() -> None:
     kernel = os.uname().release
     gpus, switches = pci_devices(PCI)
-    installed, held = packages(said(["dpkg-query", "--show", f"--showformat={FIELDS}", *DRIVER_PACKAGES]))
+    source, *patterns = sys.argv[1:] or [""]
+    asked = [*patterns, f"linux-headers-{kernel}"]
+    installed, states, held = packages(said(["dpkg-query", "--show", f"--showformat={FIELDS}", "--", *asked]))
     version = Path("/proc/driver/nvidia/version")
     serving = said(["systemctl", "list-units", "--plain", "--no-legend", "--no-pager",
                     "--state=active,activating,reloading,deactivating", "inference@*.service"])
-    found = {"seen": {
-        "gpus": gpus, "switches": switches, "installed": installed, "held": held,
+    found: dict[str, object] = {"seen": {
+        "gpus": gpus, "switches": switches, "installed": installed, "states": states, "held": held,
         "loaded": loaded_version(version.read_text()) if version.exists() else "",
         "serving": [line.split()[0] for line in serving.splitlines() if line.split()],
-        "dpkg": dpkg_holder(), "kernel": kernel, "headers": Path(f"/lib/modules/{kernel}/build").exists()}}
-    if sys.argv[1:] == ["upstream"]:
-        found["index_text"] = sources_have(kernel)
+        "dpkg": dpkg_holder(), "kernel": kernel, "headers": Path(f"/lib/modules/{kernel}/build").exists()},
+        "changed_in_this_boot": is_of_this_boot(CHANGED, BOOT_ID),
+        "stopped": STOPPED.exists()}
+    if source == "upstream":
+        found["index_text"] = sources_have(kernel, patterns)
     json.dump(found, sys.stdout)
 
 

@@ -31,6 +31,7 @@ HOME = Path("/var/lib/opsctl/driver")
 KEPT = HOME / "kept"
 LIST = "list.json"
 CHANGE = HOME / "change.json"
+CHANGED = Path("/var/lib/opsctl/driver-changed")
 RECORD = Path("/etc/opsctl/driver.json")
 ARCHIVES = Path("/var/cache/apt/archives")
 SUMS = Path("/var/lib/dpkg/info")
@@ -290,6 +291,8 @@ def restore() -> dict[str, Any]:
             "apt cannot do it: " + " ".join(done.stdout.split()[-60:])
         if why:
             raise SorryError(f"{version} is not brought back: {why}")
+        # as the role writes it: the packages were changed in this boot
+        CHANGED.write_text(BOOT_ID.read_text() if BOOT_ID.exists() else "")
         run(argv)
     for words, on in (("hold", True), ("unhold", False)):
         names = [word(package) for package in kept["packages"] if package["hold"] is on]

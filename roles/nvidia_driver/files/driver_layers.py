@@ -19,6 +19,7 @@ LOADED = Path("/proc/driver/nvidia/version")
 # A machine of opsctl's lab has no kernel module to ask; its packages write here which one they built.
 LAB_MODULE = Path("/lib/modules/lab/nvidia.version")
 QUERY = ("nvidia-smi", "--query-gpu=driver_version,pci.bus_id,uuid", "--format=csv,noheader")
+ROW = re.compile(r"\s*(?P<version>\d[\d.]+), *(?P<bus>[0-9A-Fa-f:.]+), *(?P<uuid>GPU-\S+)\s*$")
 FABRIC_UNIT = "nvidia-fabricmanager.service"
 
 
@@ -42,9 +43,14 @@ def judge(wanted: Mapping[str, Any], layers: Mapping[str, str], uuids: Sequence[
 
 
 def gpus_of(csv: str) -> list[tuple[str, str, str]]:
-    """Driver version, PCI bus id and UUID of each GPU, in PCI order, from nvidia-smi's lines."""
-    rows = [tuple(word.strip() for word in line.split(",")) for line in csv.splitlines() if line.count(",") == 2]
-    return sorted(((version, bus, uuid) for version, bus, uuid in rows), key=lambda row: row[1])
+    """Driver version, PCI bus id and UUID of each GPU, in PCI order, from those of nvidia-smi's lines that tell one."""
+    rows = [(match["version"], match["bus"], match["uuid"]) for match in map(ROW.match, csv.splitlines()) if match]
+    return sorted(rows, key=lambda row: row[1])
+
+
+def words_in(csv: str) -> str:
+    """What else it says: of a GPU that is lost, beside the rows of the others."""
+    return " ".join(" ".join(line for line in csv.splitlines() if not ROW.match(line)).split())
 
 
 def version_in(text: str) -> str:
@@ -78,19 +84,19 @@ def package_version(name: str) -> str:
 def main() -> None:
     wanted = json.loads(sys.argv[1])
     status, listed = said(QUERY)
-    gpus = gpus_of(listed) if status == 0 else []
+    gpus = gpus_of(listed)  # whatever the status: one GPU that is lost makes it 15
     layers = {
         "loaded": version_in(LOADED.read_text()) if LOADED.exists() else "",
         "module": module_on_disk(),
         "library": gpus[0][0] if gpus else "",
-        "library_says": listed if status else "",
+        "library_says": words_in(listed) if status else "",
         "fabric_manager": package_version("nvidia-fabricmanager"),
         "fabric_unit": said(["systemctl", "is-active", FABRIC_UNIT])[1],
     }
     found = [uuid for _, _, uuid in gpus]
     wrong = judge(wanted, layers, found)
-    if status and wrong:
-        wrong.append(f"nvidia-smi says: {' '.join(listed.split())[:200] or 'nothing'}")
+    if status:
+        wrong.append(f"nvidia-smi says: {words_in(listed)[:200] or 'nothing'}")
     json.dump({"wrong": wrong, "layers": layers, "gpus": found}, sys.stdout)
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 APT = ("apt-get", "-y", "-q", "--no-install-recommends", "--allow-downgrades", "--allow-change-held-packages",
-       "-o", "DPkg::Lock::Timeout=300", "-o", "Dpkg::Options::=--force-confdef",
+       "-o", "APT::Get::Purge=false", "-o", "DPkg::Lock::Timeout=300", "-o", "Dpkg::Options::=--force-confdef",
        "-o", "Dpkg::Options::=--force-confold")
-STEP = re.compile(r"^(?P<act>Inst|Remv) (?P<name>[^ :]+)(?::\S+)?", re.MULTILINE)
+STEP = re.compile(r"^(?P<act>Inst|Remv|Purg) (?P<name>[^ :]+)(?::\S+)?", re.MULTILINE)
 # What decides whether and how the machine boots: never along with a driver, unless it was named.
 BOOT = re.compile(r"linux-image-|linux-modules-|linux-signed-|grub|shim-|firmware-|intel-microcode|amd64-microcode")
 MODULES = ("nvidia_peermem", "nvidia_uvm", "nvidia_drm", "nvidia_modeset", "nvidia", "nouveau")
@@ -28,15 +28,20 @@ MODULES = ("nvidia_peermem", "nvidia_uvm", "nvidia_drm", "nvidia_modeset", "nvid
 USERS = ("opsctl-agent.service", "nvidia-dcgm.service", "dcgm-exporter.service", "nvidia-fabricmanager.service",
          "nvidia-persistenced.service")
 LOADED = Path("/proc/driver/nvidia/version")
+# In which boot the packages were last changed: the next run sees by it whether the machine was rebooted with them. Not
+# fsynced, because what a power cut takes from it was of another boot in any case.
+CHANGED = Path("/var/lib/opsctl/driver-changed")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+STOPPED = Path("/run/opsctl-driver.stopped")  # outlives a run that is killed, and is gone after a boot, as it should
 KERNEL_MODULES = Path("/proc/modules")  # a kernel without modules, as some labs have, has no such file
 
 
 def simulated(output: str) -> tuple[set[str], set[str]]:
     """What apt-get -s says it would install and remove; what it replaces by another version counts as installed."""
-    found: dict[str, set[str]] = {"Inst": set(), "Remv": set()}
+    found: dict[str, set[str]] = {"Inst": set(), "Remv": set(), "Purg": set()}
     for match in STEP.finditer(output):
         found[match["act"]].add(match["name"])
-    return found["Inst"], found["Remv"] - found["Inst"]
+    return found["Inst"], (found["Remv"] | found["Purg"]) - found["Inst"]
 
 
 def refusal(transaction: Mapping[str, Any], output: str) -> str:
@@ -72,10 +77,14 @@ def is_loaded(version: str) -> bool:
 
 
 def reload_module(version: str) -> None:
-    """Puts the module on disk in place of the one in the kernel. One that is in use stays: then it takes a reboot."""
+    """Puts the module on disk in place of the one in the kernel. One that is in use stays: then it takes a reboot.
+
+    Leaves the services that hold the GPUs stopped, and their names in ``STOPPED``.
+    """
     active = [unit for unit in USERS if run(["systemctl", "is-active", "--quiet", unit], may_fail=True) == 0]
+    STOPPED.write_text("".join(f"{unit}\n" for unit in dict.fromkeys([*stopped(), *active])))
     for unit in active:
-        run(["systemctl", "stop", unit])
+        run(["systemctl", "stop", unit], may_fail=True)  # one that stays makes it a reboot
     old = loaded_modules(KERNEL_MODULES.read_text() if KERNEL_MODULES.exists() else "")
     if old:
         unloaded = run(["modprobe", "-r", *old], may_fail=True) == 0
@@ -83,10 +92,21 @@ def reload_module(version: str) -> None:
         unloaded = not LOADED.exists() or run(["nvidia-modprobe", "-r"], may_fail=True) == 0
     if unloaded:
         run(["nvidia-modprobe"], may_fail=True)
-    for unit in reversed(active):  # also when it takes a reboot: who reboots may be a person, later
-        run(["systemctl", "start", unit], may_fail=True)
     if not is_loaded(version):
         say(f"the kernel does not have {version} yet: it takes a reboot")
+
+
+def stopped() -> list[str]:
+    """What this run or one that was killed has stopped, in the order of ``USERS``."""
+    listed = STOPPED.read_text().split() if STOPPED.exists() else []
+    return [unit for unit in USERS if unit in listed]
+
+
+def start_again() -> None:
+    """Starts what was stopped, also when it takes a reboot: who reboots may be a person, later."""
+    for unit in reversed(stopped()):
+        run(["systemctl", "start", unit], may_fail=True)
+    STOPPED.unlink(missing_ok=True)
 
 
 def run(argv: Sequence[str], *, may_fail: bool = False) -> int:
@@ -114,6 +134,8 @@ def main() -> int:
             if why:
                 say(f"{transaction['what']}: {why}")
                 return 1
+            CHANGED.parent.mkdir(parents=True, exist_ok=True)
+            CHANGED.write_text(BOOT_ID.read_text())
             run(argv)
         if wanted["hold"]:
             run(["apt-mark", "hold", *wanted["hold"]])
@@ -124,6 +146,8 @@ def main() -> int:
         if wanted["hold"]:  # half of a driver is nobody else's business either
             run(["apt-mark", "hold", *wanted["hold"]], may_fail=True)
         return 1
+    finally:
+        start_again()
     return 0
 
 

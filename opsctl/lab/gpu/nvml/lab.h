@@ -38,6 +38,7 @@ typedef struct device *nvmlDevice_t;
 nvmlReturn_t state_attach(void);
 void state_detach(void);
 bool state_attached(void);
+bool state_writable(void); /* a sandbox may have it read-only */
 struct lab_machine *state(void);
 unsigned device_count(void);
 nvmlDevice_t device_at(unsigned index);

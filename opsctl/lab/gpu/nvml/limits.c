@@ -4,7 +4,7 @@
 
 #define NEED_ROOT                                                                                                      \
     do {                                                                                                               \
-        if (geteuid() != 0)                                                                                            \
+        if (geteuid() != 0 || !state_writable())                                                                       \
             return NVML_ERROR_NO_PERMISSION;                                                                           \
     } while (0)
 

@@ -28,7 +28,10 @@
 
 static pthread_mutex_t guard = PTHREAD_MUTEX_INITIALIZER;
 static unsigned users;
+/* Never unmapped: a call of another thread may be in it. It serves the next init too, while the file is the same. */
 static struct lab_machine *mapped;
+static struct stat mapped_file;
+static bool mapped_writable;
 static struct device devices[LAB_GPUS];
 static struct device mig_devices[LAB_GPUS][LAB_MIG_DEVICES];
 static unsigned visible;
@@ -63,21 +66,28 @@ static int open_node(const char *name) {
 
 static nvmlReturn_t map_state(void) {
     const char *path = override(STATE_OVERRIDE, usual_state());
-    int writable = 1, handle = open(path, O_RDWR | O_CLOEXEC);
+    bool writable = true;
+    int handle = open(path, O_RDWR | O_CLOEXEC);
     if (handle < 0) {
-        writable = 0;
+        writable = false;
         handle = open(path, O_RDONLY | O_CLOEXEC);
     }
     if (handle < 0)
         return NVML_ERROR_DRIVER_NOT_LOADED;
     struct stat about;
     void *found = MAP_FAILED;
-    if (fstat(handle, &about) == 0 && (size_t)about.st_size == sizeof *mapped)
+    bool is_file = fstat(handle, &about) == 0 && (size_t)about.st_size == sizeof *mapped;
+    if (is_file && mapped && writable == mapped_writable && about.st_dev == mapped_file.st_dev &&
+        about.st_ino == mapped_file.st_ino)
+        found = mapped;
+    else if (is_file)
         found = mmap(NULL, sizeof *mapped, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, handle, 0);
     close(handle);
     if (found == MAP_FAILED)
         return NVML_ERROR_DRIVER_NOT_LOADED;
     mapped = found;
+    mapped_file = about;
+    mapped_writable = writable;
     if (mapped->magic != LAB_MAGIC || mapped->version != LAB_VERSION || !mapped->module_version[0])
         return NVML_ERROR_DRIVER_NOT_LOADED;
     if (strncmp(mapped->module_version, DRIVER_VERSION, LAB_TEXT) != 0)
@@ -106,13 +116,6 @@ static nvmlReturn_t open_nodes(void) {
     return NVML_SUCCESS;
 }
 
-static void unmap(void) {
-    if (mapped)
-        munmap(mapped, sizeof *mapped);
-    mapped = NULL;
-    visible = 0;
-}
-
 nvmlReturn_t state_attach(void) {
     pthread_mutex_lock(&guard);
     nvmlReturn_t result = NVML_SUCCESS;
@@ -120,23 +123,23 @@ nvmlReturn_t state_attach(void) {
         result = map_state();
         if (result == NVML_SUCCESS)
             result = open_nodes();
-        if (result != NVML_SUCCESS)
-            unmap();
     }
     if (result == NVML_SUCCESS)
-        users++;
+        __atomic_add_fetch(&users, 1, __ATOMIC_RELEASE);
     pthread_mutex_unlock(&guard);
     return result;
 }
 
 void state_detach(void) {
     pthread_mutex_lock(&guard);
-    if (users && !--users)
-        unmap();
+    if (users)
+        __atomic_sub_fetch(&users, 1, __ATOMIC_RELEASE);
     pthread_mutex_unlock(&guard);
 }
 
-bool state_attached(void) { return mapped != NULL; }
+bool state_attached(void) { return __atomic_load_n(&users, __ATOMIC_ACQUIRE) > 0; }
+
+bool state_writable(void) { return mapped_writable; }
 
 struct lab_machine *state(void) { return mapped; }
 
@@ -173,7 +176,7 @@ static void wait_out(const uint64_t *until_ns) {
 }
 
 nvmlReturn_t system_reach(void) {
-    if (!mapped)
+    if (!state_attached())
         return NVML_ERROR_UNINITIALIZED;
     wait_out(&mapped->hang_until_ns);
     return NVML_SUCCESS;

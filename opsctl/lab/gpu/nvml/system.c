@@ -17,10 +17,10 @@ nvmlReturn_t nvmlInit_v2(void) { return nvmlInitWithFlags(0); }
 nvmlReturn_t nvmlInit(void) { return nvmlInitWithFlags(0); }
 
 nvmlReturn_t nvmlShutdown(void) {
-    if (!state_attached())
-        return NVML_ERROR_UNINITIALIZED;
-    state_detach();
-    return NVML_SUCCESS;
+    nvmlReturn_t reached = system_reach();
+    if (reached == NVML_SUCCESS)
+        state_detach();
+    return reached;
 }
 
 const char *nvmlErrorString(nvmlReturn_t result) {

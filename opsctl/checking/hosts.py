@@ -1,0 +1,98 @@
+"""Asks all hosts at once what ``probe.py`` captures, and judges each as it answers. Nothing on a host is changed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from opsctl.agent import manifest as manifests
+from opsctl.checking.model import Captured, Finding, Wanted
+from opsctl.checking.table import counts, findings_for, unreachable
+from opsctl.engines.events import Emit, PhaseStarted, TaskResult, discard, one_at_a_time
+from opsctl.engines.session import Session, on_each
+from opsctl.errors import OpsctlError, RefusedError
+from opsctl.fleet import gpus
+from opsctl.fleet.model import Fleet, Host
+from opsctl.fleet.placements import gateway, gateway_url
+
+PROBE = Path(__file__).with_name("probe.py")
+TIMEOUT_S = 120.0  # the probe gives itself a minute
+SAMPLES = 5  # commands that are timed; the median counts
+
+
+def check_hosts(fleet: Fleet, hosts: Sequence[Host], emit: Emit = discard) -> dict[str, tuple[Finding, ...]]:
+    """What is to be said of each host, in the order of ``hosts``; one that does not answer has one finding."""
+    emit = one_at_a_time(emit)
+    emit(PhaseStarted(f"Look at {len(hosts)} host{'s' if len(hosts) != 1 else ''}", tuple(host.name for host in hosts)))
+
+    def look(session: Session) -> tuple[Finding, ...]:
+        wanted = wanted_of(fleet, session.host)
+        findings = findings_for(wanted.host, capture(session, wanted), wanted)
+        emit(event_of(wanted.host, findings))
+        return findings
+
+    found: dict[str, tuple[Finding, ...]] = {}
+    for name, answer in on_each(fleet, hosts, look).items():
+        if isinstance(answer, OpsctlError):
+            found[name] = (unreachable(answer, name),)
+            emit(TaskResult(name, "preflight", "unreachable", answer.message))
+        else:
+            found[name] = answer
+    return found
+
+
+def capture(session: Session, wanted: Wanted) -> Captured:
+    """What the probe says on one host, as root, and how long a command over SSH takes.
+
+    Raises:
+        OpsctlError: the host does not answer; ``check.no_python``, ``check.no_probe``: it does, and the probe does not.
+    """
+    host = session.host
+    samples = tuple(_seconds(session) for _ in range(SAMPLES + 1))[1:] if host.connection == "ssh" else ()
+    asked = json.dumps({"gateway": wanted.gateway})
+    done = session.run(["python3", "-", asked], stdin=PROBE.read_bytes(), timeout_s=TIMEOUT_S)
+    if done.returncode in (126, 127):
+        raise RefusedError("check.no_python", f"{host.name}: there is no python3, which everything here needs.",
+                           hint=f"ssh -F .opsctl/ssh_config {host.name} sudo apt-get install python3")
+    try:
+        return Captured(json.loads(done.stdout), samples)
+    except ValueError:
+        raise OpsctlError("check.no_probe", f"{host.name}: the probe ended with exit code {done.returncode} and no "
+                          "answer.", hint=f"opsctl exec --limit {host.name} -- python3 --version   (3.8 or newer)",
+                          log_tail=done.stderr.splitlines()[-5:]) from None
+
+
+def wanted_of(fleet: Fleet, host: Host) -> Wanted:
+    """What inventory, services and bundle want of a host."""
+    said = {key: ",".join(gpus.listed(host.variables.get(key))) for key in gpus.READ}
+    own = fleet.package_source == "upstream" or gateway(fleet).name == host.name
+    services = [service.name for service in fleet.services if service.group in host.groups]
+    releases = [tuple(sizes(fleet.directory / "bundle" / "releases" / name)) for name in services]
+    return Wanted(
+        host.name, host.groups, fleet.package_source, "" if own else gateway_url(fleet), said[gpus.VERSION],
+        said[gpus.FLAVOUR], said[gpus.MODEL], said[gpus.FABRIC_MANAGER] or "auto", host.gpus or (),
+        sum(max(there, default=0) for there in releases), sum(min(there, default=0) for there in releases))
+
+
+def sizes(folder: Path) -> Iterator[int]:
+    """Bytes of each release of a service in the bundle; one that cannot be read has none: verify tells."""
+    for path in sorted(folder.glob(f"*/{manifests.MANIFEST}")):
+        try:
+            yield manifests.parse(path.read_bytes()).size
+        except (RefusedError, OSError):
+            continue
+
+
+def event_of(host: str, findings: Sequence[Finding]) -> TaskResult:
+    """What views hear of a host that has been judged."""
+    total = counts(findings)
+    words = ", ".join(f"{count} {verdict}" for verdict, count in total.items() if count)
+    return TaskResult(host, "preflight", "failed" if total["fix"] else "ok", words)
+
+
+def _seconds(session: Session, clock: Callable[[], float] = time.monotonic) -> float:
+    began = clock()
+    session.run(["true"], sudo=False, timeout_s=20.0)
+    return clock() - began
