@@ -181,8 +181,7 @@ class _Conductor:
                 ended[name] = (State.ADRIFT, PausedError(
                     "host.unreachable", f"{sentence(last)}: it is not known which driver it has",
                     hint="is it up? its console, or the BMC, says why not", log_tail=last.detail))
-            elif host.step.local and self._wants_a_reboot(host):
-                host.reboot()
+            elif self._reboots(host):
                 ended[name] = (State.REBOOTING, PausedError(
                     "driver.reboots", f"{name}, where this runs, reboots into driver {self._settings.to}; a unit there "
                     "accepts it after that, or brings the old one back"))
@@ -190,13 +189,19 @@ class _Conductor:
                 failed[name] = OpsctlError("driver.failed", sentence(last), log_tail=last.detail)
         return failed
 
-    def _wants_a_reboot(self, host: HostAtWork) -> bool:
+    def _reboots(self, host: HostAtWork, *, back: bool = False) -> bool:
+        """Whether all that this machine lacks is a boot, which is ordered then: nobody else could go on after it."""
+        if not host.step.local:
+            return False
         try:
             look = host.look()
+            version = look["change"]["from"] if back else self._settings.to
+            wanted = look["versions"] == [version] and not look["states"] and look["loaded"] != version
+            if wanted:
+                host.reboot()
         except OpsctlError:
             return False
-        return bool(look["versions"] == [self._settings.to] and not look["states"]
-                    and look["loaded"] != self._settings.to)
+        return bool(wanted)
 
     def _back(self, hosts: Mapping[str, HostAtWork], why: Mapping[str, OpsctlError | None], ended: Ended) -> None:
         """The kept packages again, and what serves on them."""
@@ -210,6 +215,10 @@ class _Conductor:
         for failure in outcome.failures:
             state = State.ADRIFT if failure.unreachable else State.BROKEN
             ended[failure.host] = (state, _broken(why.get(failure.host), sentence(failure), failure.detail))
+        for name, host in hosts.items():
+            if name not in ended and self._reboots(host, back=True):
+                ended[name] = (State.REBOOTING, PausedError(
+                    "driver.reboots", f"{name}, where this runs, reboots into its old driver; a unit there accepts it"))
         left = {name: host for name, host in hosts.items() if name not in ended}
         for name, error in self._each(left, lambda host: host.accept(_old(host))).items():
             if error is not None:

@@ -243,8 +243,8 @@ class PlayedHosts:
                 played.act(self.step.host, "reboot")
 
             def look(self) -> dict[str, Any]:
-                loaded = played.goes_wrong.get((self.step.host, "look"), NEW)
-                return {**look(NEW, loaded=loaded, phase="changing")}
+                installed, loaded = played.goes_wrong.get((self.step.host, "look"), (NEW, NEW))
+                return {**look(installed, phase="changing"), "loaded": loaded}
 
         def play(_: Any, hosts: list[str], steps: list[str], __: Any) -> PlaybookOutcome:
             self.acts.append(f"{steps[0]} {' '.join(hosts)}")
@@ -315,13 +315,20 @@ class TestDrive:
 
     def test_this_machine_reboots_where_its_module_stays(self, monkeypatch: pytest.MonkeyPatch) -> None:
         steps = (step(1, 1), step(2, 2, local=True))
-        wrong = {("gpu-2", "change"): failed("gpu-2"), ("gpu-2", "look"): OLD}
+        wrong = {("gpu-2", "change"): failed("gpu-2"), ("gpu-2", "look"): (NEW, OLD)}
         acts, end, now = driven(monkeypatch, wrong, steps)
         assert states_of(now) == ["changed", "rebooting"]
         assert end.exit_code is ExitCode.PAUSED
         assert acts[-1] == "gpu-2 reboot"
         _, end, now = driven(monkeypatch, {("gpu-2", "change"): failed("gpu-2")}, steps)
         assert states_of(now) == ["changed", "back"]
+
+    def test_and_on_its_way_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        left = Step("gpu-1", (OLD,), "", "back", (), 1, local=True, phase="restored", before=OLD)
+        acts, _, now = driven(monkeypatch, {("gpu-1", "look"): (OLD, "")}, (left,))
+        assert (states_of(now), acts) == (["rebooting"], ["back gpu-1", "gpu-1 reboot"])
+        _, _, now = driven(monkeypatch, {("gpu-1", "look"): (OLD, OLD)}, (left,))
+        assert states_of(now) == ["back"]
 
     @pytest.mark.parametrize(("action", "phase", "acts", "state"), [  # no host could be spared for a change
         ("finish", "accepted", ["gpu-1 serve accepted"], "changed"), ("finish", "back", ["gpu-1 serve back"], "back"),
