@@ -19,7 +19,7 @@ from opsctl.driver_upgrade.host import FailedError, HostAtWork, Settings
 from opsctl.driver_upgrade.plan import Step, serving_now
 from opsctl.driver_upgrade.upgrade import End, State, Upgrade
 from opsctl.engines.ansible import Failure, PlaybookOutcome, run_playbook
-from opsctl.engines.events import Emit, Note, PhaseStarted, TaskResult, one_at_a_time
+from opsctl.engines.events import Emit, Event, Note, PhaseStarted, TaskResult, one_at_a_time
 from opsctl.engines.session import on_each
 from opsctl.errors import LockedError, OpsctlError, PausedError
 from opsctl.fleet.model import Fleet
@@ -30,6 +30,7 @@ from opsctl.releases.rotation import LOST, AdriftError
 from opsctl.resources import resource
 
 Ended = dict[str, tuple[State, OpsctlError | None]]
+PLAYS = {"Keep the driver": "keep", "Change the driver": "change", "Bring the kept driver back": "back"}
 FAREWELL_S = 10.0  # for draining instances to come back after Ctrl-C
 
 
@@ -52,10 +53,17 @@ class Driven:
 
 
 def play(tools: Tools, hosts: Sequence[str], steps: Sequence[str], emit: Emit) -> PlaybookOutcome:
-    """``playbooks/driver.yml`` for some hosts: ``check``, ``keep``, ``change`` or ``back``."""
+    """``playbooks/driver.yml`` for some hosts: ``check``, ``keep``, ``change`` or ``back``.
+
+    The plays of other steps have nothing to do, and are not told of.
+    """
+    def told(event: Event) -> None:
+        if not (isinstance(event, PhaseStarted) and PLAYS.get(event.name, "check") not in steps):
+            emit(event)
+
     return run_playbook(
         resource("playbooks") / "driver.yml", fleet_directory=tools.fleet.directory, inventory=tools.fleet.inventory,
-        ssh_config=tools.fleet.ssh_config, log=tools.log, emit=emit, limit=hosts,
+        ssh_config=tools.fleet.ssh_config, log=tools.log, emit=told, limit=hosts,
         variables={"opsctl_bundle": str(tools.bundle), "opsctl_driver_only": list(steps)})
 
 

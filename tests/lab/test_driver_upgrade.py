@@ -15,11 +15,9 @@ from typing import Any
 import fingerprint
 import pytest
 from command import opsctl, refused, succeeds
-from conftest import NAME, LabFleet
+from conftest import NAME, LabFleet, lab_of_a_module
 from under_load import be_nice, import_slow, load_on, lost, told
 
-from opsctl.engines.events import discard
-from opsctl.lab import laboratory, state
 from opsctl.releases.remote import HOST_PROGRAM
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
@@ -31,27 +29,25 @@ BROKEN = ('DPkg::Post-Invoke {"if grep -qs ^595 /lib/modules/lab/nvidia.version;
           '/lib/modules/lab/nvidia.version; fi";};\n')
 HOOK = "/etc/apt/apt.conf.d/99broken"
 WAVES = ("--waves", "1,2")
+GPUS = "gpu-1=1xH200,gpu-2=1xL40S,gpu-3=1xL40S"
 
 
 @pytest.fixture(scope="module")
 def drivers(computer: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabFleet]:
     """gpu-1 has a board with NVSwitches; ops-1 watches nobody."""
-    name = f"{NAME}-driver"
     directory = tmp_path_factory.mktemp("drivers") / "fleet"
-    laboratory.down(name, keep_fleet=False, emit=discard)
-    try:
-        lab = laboratory.up(name, 3, directory, None, discard, "gpu-1=1xH200,gpu-2=1xL40S,gpu-3=1xL40S").lab
-        fleet = LabFleet(name, lab.fleet, tuple(machine.name for machine in lab.machines))
-        text = fleet.inventory.read_text().replace("[monitor]\nops-1\n\n", "")
-        fleet.inventory.write_text(re.sub(r"\[monitor:vars\]\n(.+\n)*", "", text))
-        succeeds("bundle", "build", inventory=fleet.inventory)
-        import_slow(fleet, "v1", seed=0)
-        be_nice(fleet)
-        succeeds("provision", inventory=fleet.inventory)
+    with lab_of_a_module(f"{NAME}-driver", 3, directory, GPUS) as fleet:
+        prepare(fleet)
         yield fleet
-    finally:
-        if state.exists(name):
-            laboratory.down(name, keep_fleet=False, emit=discard)
+
+
+def prepare(fleet: LabFleet) -> None:
+    text = fleet.inventory.read_text().replace("[monitor]\nops-1\n\n", "")
+    fleet.inventory.write_text(re.sub(r"\[monitor:vars\]\n(.+\n)*", "", text))
+    succeeds("bundle", "build", inventory=fleet.inventory)
+    import_slow(fleet, "v1", seed=0)
+    be_nice(fleet)
+    succeeds("provision", inventory=fleet.inventory)
 
 
 def want(fleet: LabFleet, version: str) -> None:
