@@ -79,7 +79,9 @@ def drive(tools: Tools, upgrade: Upgrade, settings: Settings, emit: Emit) -> Dri
 def sentence(failure: Failure) -> str:
     """A failed task of Ansible's, as a sentence."""
     reason = failure.message or ("the host stopped answering" if failure.unreachable else "failed")
-    return f"{failure.host}: {failure.task.rstrip('.')}: {reason}"
+    if failure.host in reason:  # the role's own sentences say where
+        return reason.rstrip(".")
+    return f"{failure.host}: {failure.task.rpartition(' : ')[2].rstrip('.')}: {reason}"
 
 
 class _Conductor:
@@ -141,13 +143,15 @@ class _Conductor:
             why = self._change(emptied, ended)
             new = {name: host for name, host in emptied.items() if name not in ended and name not in why}
             why |= self._accept(new, ended)
+            # Who is well serves before anybody goes back, which may take a reboot.
+            self._serve({name: host for name, host in new.items() if name not in ended and name not in why},
+                        State.CHANGED, {}, ended)
             why |= {name: None for name, host in hosts.items() if host.step.action == "back"}
             self._back({name: host for name, host in hosts.items() if name in why}, why, ended)
             # Those that a boot of their own brought to an end were accepted, or went back, there.
-            told = {name: host for name, host in hosts.items() if host.step.action == "finish"}
-            self._serve({name: host for name, host in told.items() if host.step.phase == "back"}, State.BACK, {}, ended)
-            self._serve({name: host for name, host in (new | told).items() if name not in ended and name not in why},
-                        State.CHANGED, {}, ended)
+            for phase, state in (("accepted", State.CHANGED), ("back", State.BACK)):
+                self._serve({name: host for name, host in hosts.items() if host.step.action == "finish"
+                             and host.step.phase == phase}, state, {}, ended)
             return ended
         finally:
             for name, host in hosts.items():

@@ -122,7 +122,7 @@ def test_up_under_load_loses_no_request(drivers: LabFleet) -> None:
 
 def test_down_and_an_operators_drain_stays(drivers: LabFleet) -> None:
     want(drivers, OLD)
-    succeeds("drain", "gpu-3", "-m", "RMA", inventory=drivers.inventory)
+    succeeds("drain", "gpu-3", "-m", "RMA", "--yes", inventory=drivers.inventory)
     try:
         done = upgrade(drivers, OLD)
         assert done.returncode == 0, done.stderr
