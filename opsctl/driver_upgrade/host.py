@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
+from opsctl.agent.locks import OWNED_BY_RUN
 from opsctl.driver_upgrade.plan import Instance, Step
 from opsctl.engines.events import Emit, TaskResult, TaskStarted
 from opsctl.engines.session import Session
@@ -133,6 +134,8 @@ class HostAtWork:
         self.keeper("mark", phase)
         self._undrain()
         for out in self._rotations:
+            out.take_back_dead_runs()
+        for out in self._rotations:
             out.rotation.in_rotation(out.claimed, expected=True)
         self.keeper("done")
         out_s = max((timing.out_of_rotation_s or 0.0 for timing in self.timings.values()), default=0.0)
@@ -208,6 +211,8 @@ class _Out:
         timeout_s = settings.drain_timeout_s or fleet.service(instance.service).drain_timeout_s
         ways = Ways(settings.run, timeout_s, f"driver {settings.to}", settings.via_lb, settings.without,
                     settings.check)
+        self._instance = instance
+        self._settings = settings
         self._session = Session(fleet, host)
         self.rotation = Rotation(fleet, host, instance.instance, ways,
                                  lambda verb: ask(self._session, verb, host=host), emit, stop, timing)
@@ -219,6 +224,13 @@ class _Out:
         if state["unit"] == "active":  # an engine that hangs is drained too: requests may be waiting in it
             self.rotation.heard(state)
             self.rotation.drain()
+
+    def take_back_dead_runs(self) -> None:
+        """Drains of runs that were given up in the middle: this one has their locks, and did what they did not."""
+        for owner in self._instance.drained_by:
+            if owner.startswith(OWNED_BY_RUN) and owner != self.rotation.owner:
+                self._settings.check()
+                ask(self._session, ["undrain", self._instance.instance, "--owner", owner], host=self.rotation.host)
 
     def close(self) -> None:
         self.rotation.close()
