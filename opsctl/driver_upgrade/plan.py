@@ -200,7 +200,13 @@ def _step(to: str, host: Host, placements: Sequence[Placement], state: Any, look
                                   name in serving[placement.service], drained))
     has = tuple(look["versions"])
     whole = has == (to,) and look["loaded"] == to and not look["states"]
-    action: Action = ACTIONS.get(change["phase"], "change") if change else "nothing" if whole else "change"
+    action: Action = "nothing" if whole else "change"
+    if change and change["to"] == to:
+        action = ACTIONS.get(change["phase"], "change")
+    elif change and ACTIONS.get(change["phase"]) == "finish":  # a run that was given up; it is over all the same
+        change = None
+    elif change:
+        action = "change"
     return Step(host.name, has, look["loaded"], action, tuple(instances), local=host.connection == "local",
                 phase=change["phase"] if change else "", before=change["from"] if change else "")
 

@@ -109,7 +109,7 @@ class TestAfterABoot:
     def test_the_new_driver_serves(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         host = Played(tmp_path, monkeypatch, loaded="595.71.05")
         assert keeper.go_on() == {"phase": "accepted"}
-        assert host.ran[-3:] == ["undrain chat.0 --owner run:R1", f"disable {keeper.UNIT}", "daemon-reload"]
+        assert host.ran[-2:] == ["undrain chat.0 --owner run:R1", f"disable {keeper.UNIT}"]
         assert not (tmp_path / "unit").exists()
         assert keeper.go_on() == {"phase": "accepted"}
 

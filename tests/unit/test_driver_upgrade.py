@@ -38,6 +38,10 @@ def look(*versions: str, loaded: str = "", phase: str = "", states: dict[str, st
             "change": change, "kept": []}
 
 
+def given_up(seen: dict[str, Any]) -> dict[str, Any]:
+    return {**seen, "change": {**seen["change"], "to": "610.57.04"}}
+
+
 def state(placements: list[Placement], *, unit: str = "active", drains: tuple[str, ...] = ()) -> dict[str, Any]:
     weight = 0 if drains else 100
     return {"instances": [{"instance": one.instance, "unit": unit, "weight": weight, "unfinished": False,
@@ -77,11 +81,14 @@ class TestPlan:
         (look(NEW, states={"nvidia-kernel-open-dkms": "half-configured"}), "change"),
         (look(NEW, phase="changing"), "change"), (look(NEW, phase="accepted"), "finish"),
         (look(OLD, phase="back"), "finish"), (look(OLD, phase="restored"), "back"),
-        (look(OLD, phase="broken"), "back")])
+        (look(OLD, phase="broken"), "back"),
+        # of a run to another version, which was given up
+        (given_up(look(NEW, phase="back")), "nothing"), (given_up(look(OLD, phase="accepted")), "change"),
+        (given_up(look(NEW, phase="restored")), "change"), (given_up(look(NEW, phase="changing")), "change")])
     def test_what_a_host_lacks(self, seen: dict[str, Any], action: str) -> None:
         plan = planned([host(1), host(2)], looks={"gpu-1": seen})
         assert [step.action for step in plan.steps] == [action, "change"]
-        assert plan.steps[0].old == (OLD if seen["change"] else seen["versions"][0])
+        assert plan.steps[0].old == (OLD if plan.steps[0].phase else seen["versions"][0])
 
     def test_an_operators_drain_stays_and_costs_nothing(self) -> None:
         both = list(place(Fleet(Path(), Path(), (host(1),), (CHAT,))))

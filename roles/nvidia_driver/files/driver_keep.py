@@ -346,7 +346,8 @@ def verify(version: str) -> list[str]:
     others = [f"{package['name']} {package['version']}" for package in packages
               if not package["pin"] and driver_in(package["version"]) != version]
     if others:
-        wrong.append(f"{', '.join(others)} where {version} is wanted")
+        more = f" and {len(others) - 2} more packages" if len(others) > 2 else ""
+        wrong.append(f"{', '.join(others[:2])}{more} where {version} is wanted")
     if any(package["name"] == "nvidia-fabricmanager" for package in packages):
         unit = said(["systemctl", "is-active", "nvidia-fabricmanager.service"]).strip()
         if unit != "active":
@@ -410,8 +411,7 @@ def leave() -> dict[str, Any]:
 def take_unit_away() -> None:
     if UNIT_FILE.exists():
         run(["systemctl", "disable", UNIT], may_fail=True)
-        UNIT_FILE.unlink()
-        run(["systemctl", "daemon-reload"], may_fail=True)
+        UNIT_FILE.unlink()  # and no reload: a unit that runs and has no file any more gets the default's timeout (seen)
 
 
 def go_on(pause: Callable[[float], object] = time.sleep) -> dict[str, Any]:
