@@ -143,7 +143,7 @@ def installed_kernels(captured: Captured, record: Desired) -> tuple[Kernel, ...]
             continue  # it did not answer in time
         there = module(captured, name)
         kernel = Kernel(release, release == kernels(captured).get("running"), release == following,
-                        there.get("version", ""), flavour_of(there), states.get((record.version, release), ""),
+                        there.get("version", ""), flavour_of(there), states.get((record.version, release), states.get((record.version, ""), "")),
                         bool(one["headers"]), there.get("signer", ""))
         found.append(Kernel(**{**vars(kernel), "why": _why(kernel, record, secure_boot_on(captured))}))
     return tuple(found)

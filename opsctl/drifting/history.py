@@ -30,6 +30,8 @@ UNATTENDED = re.compile(r"(?:^|/)unattended-upgrades?(?:\s|$)")
 SUDO = re.compile(r"(?P<when>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\S* \S+ sudo(?:\[\d+\])?:\s+(?P<user>\S+) : "
                   r"(?:.*? ; )?COMMAND=(?P<command>.*)$")
 AUDIT = re.compile(r"(?P<when>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\S* \S+ opsctl-audit(?:\[\d+\])?: (?P<document>\{.*\})$")
+UNHOLDS = re.compile(r"apt-mark\W.*\bunhold\b|--set-selections")
+SELECTIONS = re.compile(r"\S*dpkg (?:--set-selections|--clear-selections)")  # of what, its standard input says
 PROBES = "python3 -"  # opsctl's own questions name every package, and change none
 NEAR_S = 600  # how long what was typed may take until dpkg comes to a package
 CUT_S = 3600  # how long a transaction may have lasted whose end is not written
@@ -82,8 +84,13 @@ class Transaction:
     changes: tuple[Change, ...]
     error: str = ""
 
-    def covers(self, when: str) -> bool:
-        return self.began <= when <= (self.ended or _later(self.began, CUT_S))
+    def covers(self, logged: Change) -> bool:
+        """Whether a line of dpkg's log is of this transaction: its time, and what became of the package."""
+        if not self.began <= logged.when <= (self.ended or _later(self.began, CUT_S)):
+            return False
+        gone = ("remove", "purge")
+        return any(change.name == logged.name and (change.act in gone if logged.act in gone
+                   else logged.new.startswith(change.new)) for change in self.changes)
 
 
 @dataclass(frozen=True)
@@ -112,13 +119,15 @@ class History:
         """Who changed it last; None where no log that is kept tells."""
         logged = max((one for one in self.logged if one.name == package), key=lambda one: one.when, default=None)
         asked = [one for one in self.transactions if any(change.name == package for change in one.changes)]
-        covering = [one for one in asked if logged and one.covers(logged.when)]
+        covering = [one for one in asked if logged and one.covers(logged)]
         newest = max(asked, key=lambda one: one.began, default=None)
-        if logged and not covering and not (newest and newest.began > logged.when):
+        # One that failed may never have come to this package; else it is dpkg's log that ends too early.
+        later = newest and logged and newest.began > logged.when and not newest.error
+        if logged and not covering and not later:
             typed = self.before(logged.when, r"\bdpkg\b|\.deb\b")
             return Culprit(logged.when, "dpkg", logged.act, logged.old, logged.new,
                            typed.command if typed else "", typed.user if typed else "")
-        transaction = max(covering, key=lambda one: one.began, default=newest)
+        transaction = newest if later else max(covering, key=lambda one: one.began, default=newest)
         if transaction is None:
             return None
         change = next(one for one in reversed(transaction.changes) if one.name == package)
@@ -128,16 +137,16 @@ class History:
     def unheld(self, package: str, since: str) -> Culprit | None:
         """Who took its hold away after ``since``: whoever typed it, else who changed the package past its hold.
 
+        Both ``dpkg -i`` and an apt that is told to change a held package take its hold off (seen: dpkg 1.21, apt 2.6).
         An empty ``since`` is not known: then only what was typed counts.
         """
-        takes = r"apt-mark\W.*\bunhold\b|--set-selections|\bdpkg\W+--clear-selections"
-        typed = [one for one in self.typed if one.when >= since and re.search(takes, one.command)
-                 and ("selections" in one.command or one.names(package))]
+        typed = [one for one in self.typed if one.when >= since and (
+            (UNHOLDS.search(one.command) and one.names(package)) or SELECTIONS.fullmatch(one.command))]
         if typed:
             last = max(typed, key=_order)
             return Culprit(last.when, "a hand", command=last.command, user=last.user)
         changed = self.last(package)
-        return changed if since and changed and changed.when >= since and changed.by not in ("opsctl", "dpkg") else None
+        return changed if since and changed and changed.when > since and changed.by != "opsctl" else None
 
     def wrote(self, path: str, when: str) -> Culprit:
         """Who wrote a file that was last written at ``when``: an apt or dpkg of that time does not count as one."""
@@ -240,7 +249,7 @@ def _shown(command: str) -> str:
         return "opsctl-driver.service"
     if ANSIBLE.search(command):
         command = f"Ansible, opsctl provision or another playbook: {command}"
-    return command if len(command) <= 200 else f"{command[:197]}..."
+    return command if len(command) <= 300 else f"{command[:297]}..."
 
 
 def _time(text: str) -> str:
