@@ -142,8 +142,9 @@ def installed_kernels(captured: Captured, record: Desired) -> tuple[Kernel, ...]
         if captured.exit(name) is None:
             continue  # it did not answer in time
         there = module(captured, name)
+        state = states.get((record.version, release), states.get((record.version, ""), ""))
         kernel = Kernel(release, release == kernels(captured).get("running"), release == following,
-                        there.get("version", ""), flavour_of(there), states.get((record.version, release), states.get((record.version, ""), "")),
+                        there.get("version", ""), flavour_of(there), state,
                         bool(one["headers"]), there.get("signer", ""))
         found.append(Kernel(**{**vars(kernel), "why": _why(kernel, record, secure_boot_on(captured))}))
     return tuple(found)

@@ -24,7 +24,7 @@ function gfxmode {{
 menuentry 'Debian GNU/Linux' --class debian --class os $menuentry_id_option 'gnulinux-simple-6f1c' {{
 	if [ x$grub_platform = xxen ]; then insmod xzio; fi
 	if [ x$feature_platform_search_hint = xy ]; then
-	  search --no-floppy --fs-uuid --set=root 6f1c
+	search --no-floppy --fs-uuid --set=root 6f1c
 	fi
 	linux	/boot/vmlinuz-6.1.0-28-amd64 root=UUID=6f1c ro  quiet
 	initrd	/boot/initrd.img-6.1.0-28-amd64
