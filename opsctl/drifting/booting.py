@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from opsctl.checking.findings_boot import kernels, next_kernel, secure_boot_on
 from opsctl.checking.model import Captured
@@ -146,7 +146,7 @@ def installed_kernels(captured: Captured, record: Desired) -> tuple[Kernel, ...]
         kernel = Kernel(release, release == kernels(captured).get("running"), release == following,
                         there.get("version", ""), flavour_of(there), state,
                         bool(one["headers"]), there.get("signer", ""))
-        found.append(Kernel(**{**vars(kernel), "why": _why(kernel, record, secure_boot_on(captured))}))
+        found.append(replace(kernel, why=_why(kernel, record, secure_boot_on(captured))))
     return tuple(found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def drift_of_hosts(fleet: Fleet, hosts: Sequence[Host], emit: Emit = discard) ->
         expected = expected_of(fleet, session.host, lock)
         captured = capture(session, [*expected.patterns, *expected.packages, *expected.holds])
         bundle = bundle_versions(fleet, codename_in(captured.file("/etc/os-release") or ""))
-        found = drift_of(captured, Expected(**{**vars(expected), "bundle": bundle}))
+        found = drift_of(captured, replace(expected, bundle=bundle))
         emit(event_of(session.host.name, found))
         return found
 

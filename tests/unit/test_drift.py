@@ -87,6 +87,10 @@ def test_the_machine_that_stack_lock_was_made_for(gpus: dict[str, int], system: 
     found = drift_of(Captured(host()), expected(entry=entry)).differences
     assert [one.layer for one in found] == (["stack.lock"] if says else [])
     assert not found or says in found[0].found
+    late = overlaid(host(), {"pci": [], "late": ["pci"]})
+    others = drift_of(Captured(late), expected(entry=Entry(gpus, "debian12", 580, "580.126.09", "open",
+                                                           fabric_manager=True, cuda="13.0")))
+    assert others.differences == (), "nobody says that its GPUs are gone when nobody could count them"
 
 
 def test_what_did_not_answer_is_told_and_is_no_difference() -> None:
