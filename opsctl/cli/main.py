@@ -10,6 +10,7 @@ from opsctl.cli import (
     check,
     doctor,
     drain,
+    drift,
     execute,
     gc,
     gpus,
@@ -67,6 +68,7 @@ app.command("plan")(plan.plan)
 app.command("provision")(provision.provision)
 app.command("status")(status.status)
 app.command("verify")(verify.verify)
+app.command("drift")(drift.drift)
 app.add_typer(stack.app, name="stack")
 app.command("stage")(stage.stage)
 app.command("update-model")(update_model.update_model)

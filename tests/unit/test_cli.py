@@ -22,6 +22,7 @@ provision
 status
 check
 verify
+drift
 stack
 stack resolve
 stage

@@ -101,7 +101,7 @@ def simulated(tmp_path: Path, libraries: dict[str, Path]) -> Iterator[Any]:
             for gpu in one.state.machine.gpus:
                 gpu.hang_until_ns = 0
             one.reader.send_signal(signal.SIGTERM)
-            one.reader.communicate(timeout=30)
+            one.reader.communicate(timeout=120)
 
     return make
 
