@@ -352,6 +352,25 @@ def test_installed_up_down_and_held_for_real(repository: Repository, machine: Th
 
 
 @needs_tools
+def test_a_change_that_dpkg_ends_leaves_holds_and_the_next_run_mends_it(repository: Repository, machine: Throwaway
+                                                                        ) -> None:
+    def bring(version: str) -> Any:
+        course = asked(repository, "container_toolkit", {"nvidia_container_toolkit_version": version}, seen_on(machine))
+        return machine.run("python3", "/pinned_transaction.py", json.dumps(course["course"]))
+
+    assert bring("1.18.2").returncode == 0
+    machine.does("rm", "/etc/opsctl-lab")  # every preinst refuses now
+    failed = bring("1.19.0")
+    assert failed.returncode == 1, failed.stdout
+    assert "apt-get failed with exit status 100" in failed.stdout
+    assert sorted(seen_on(machine)["held"]) == sorted(FOUR)
+    machine.does("touch", "/etc/opsctl-lab")
+    assert bring("1.19.0").returncode == 0
+    seen = seen_on(machine)
+    assert (seen["installed"], seen["states"], sorted(seen["held"])) == (toolkit("1.19.0"), {}, sorted(FOUR))
+
+
+@needs_tools
 def test_a_preference_keeps_them_where_no_hold_does(machine: Throwaway) -> None:
     machine.does("apt-get", "-qy", "install", *(f"{name}={version}" for name, version in toolkit("1.18.2").items()))
     given: dict[str, Any] = {"base_pinned": "container_toolkit", "base_pinned_verdict": {"packages": toolkit("1.18.2")}}

@@ -85,6 +85,8 @@ def main() -> int:
             run(["apt-mark", "hold", *asked["hold"]])
     except subprocess.CalledProcessError as error:
         say(f"{error.cmd[0]} failed with exit status {error.returncode}")
+        if asked["hold"]:  # apt took the holds off as it began, and half of a set is nobody else's business either
+            run(["apt-mark", "hold", *asked["hold"]], may_fail=True)
         return 1
     return 0
 
