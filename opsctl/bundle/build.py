@@ -66,7 +66,7 @@ def build_bundle(fleet_directory: Path, bundle: Path, emit: Emit = discard, *, i
     shipped = [agent_lock(), *shipped_locks(PACKAGE / "serving")]
     wanted_locks = locks if locks is not None else [*shipped, *release_locks(bundle)]
     names = driver_names(resource("roles"))
-    drivers = drivers_of_inventory(inventory, names) if inventory else ()
+    drivers = drivers_of_inventory(inventory, names["vendor"].own) if inventory else ()
     sets = sets_of_inventory(inventory) if inventory else ()
     with one_build_at_a_time(emit):
         _able_to_sign(home, trusted_key)
