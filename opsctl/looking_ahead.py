@@ -29,7 +29,7 @@ from opsctl.releases.ledger import Wanted, wanted
 from opsctl.releases.remote import ask, has_agent
 from opsctl.releases.staging import allowed_signers
 from opsctl.releases.store import folders_of, releases_of
-from opsctl.resolving import check_lock
+from opsctl.resolving import check_lock, warn_of_ended
 from opsctl.resources import resource
 
 REACH_TIMEOUT_S = 20.0
@@ -72,6 +72,7 @@ def plan(question: Question, emit: Emit) -> Plan:
     found = {name: answer for name, answer in answers.items() if isinstance(answer, Found)}
     reached = tuple(host for host in question.hosts if host.name in found)
     check_lock(fleet, reached, emit, datetime.now(UTC).date())
+    warn_of_ended(reached, emit, datetime.now(UTC).date())
     steps = _steps(question, found, emit)
     results: list[TaskResult] = []
     modules: dict[str, str] = {}

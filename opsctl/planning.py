@@ -15,9 +15,11 @@ from opsctl.engines.events import TaskResult
 from opsctl.errors import ExitCode
 from opsctl.fleet.model import Fleet, Host, Placement
 from opsctl.fleet.placements import gateway, place
+from opsctl.fleet.vendor_packages import VARIABLES, versions_of
 from opsctl.releases.first_start import plan_host
 from opsctl.releases.ledger import Wanted
-from opsctl.role_tasks import deeds, kind_of
+from opsctl.role_tasks import deeds, defaults_of, kind_of
+from opsctl.stack.pinned import wishes
 
 State = Literal["fresh", "provisioned", "unreachable"]
 # What is there when a role was done: without one of them check mode would end in the middle of that role.
@@ -25,6 +27,8 @@ MARKS = {
     "base": ("/etc/opsctl", "/var/lib/opsctl"),
     "gateway": ("/usr/sbin/nginx", "/srv/opsctl-gateway/bundle/SHA256SUMS"),
     "nvidia_driver": ("/etc/opsctl/driver.json", "/usr/local/lib/opsctl/driver-transaction"),
+    "container_toolkit": ("/etc/opsctl/container_toolkit.json", "/usr/local/lib/opsctl/cdi-specification"),
+    "cuda": ("/etc/opsctl/cuda.json",),
     "agent": ("/etc/systemd/system/opsctl-agent.service", "/etc/opsctl/agent.toml"),
     "node_exporter": ("/usr/bin/prometheus-node-exporter",
                       "/etc/systemd/system/prometheus-node-exporter.service.d/opsctl.conf"),
@@ -100,7 +104,8 @@ def roles_for(fleet: Fleet, host: Host) -> tuple[str, ...]:
     serves = "gpu" in host.groups or any(placement.host == host.name for placement in place(fleet))
     balances = fleet.load_balancer == "haproxy" and "lb" in host.groups
     has = {"base": True, "gateway": gateway(fleet).name == host.name,
-           "nvidia_driver": bool(host.variables.get("nvidia_driver_version")), "agent": True,
+           "nvidia_driver": bool(host.variables.get("nvidia_driver_version")),
+           **{role: bool(versions_of(role, host.variables)) for role in VARIABLES}, "agent": True,
            "node_exporter": bool(fleet.group("monitor")), "load_balancer": balances, "inference": serves,
            "monitoring": "monitor" in host.groups}
     return tuple(role for role, wanted in has.items() if wanted)
@@ -129,6 +134,9 @@ def first_changes(fleet: Fleet, host: Host, roles: Sequence[str], login: str) ->
         "monitoring_receivers": {"user": host.variables.get("alert_smtp_user", "")},
         "inference_placements": [dataclasses.asdict(placement) for placement in place(fleet)
                                  if placement.host == host.name],
+        **{f"{role}_pinned": [f"{name}={wish.version}" for wish in
+                              wishes(versions_of(role, host.variables), defaults_of(role)[f"{role}_names"])
+                              for name in wish.names] for role in VARIABLES},
     }
     entries = [(role, "main") for role in roles]
     if "gateway" in roles:

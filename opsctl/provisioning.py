@@ -22,7 +22,7 @@ from opsctl.fleet.placements import clashes
 from opsctl.fleet.ssh_config import write_ssh_config
 from opsctl.releases.first_start import bring_up, check_releases
 from opsctl.releases.remote import unreachable
-from opsctl.resolving import check_lock
+from opsctl.resolving import check_lock, warn_of_ended
 from opsctl.resources import resource
 from opsctl.runs.journal import Run
 
@@ -59,6 +59,7 @@ def provision(request: Request, run: Run, emit: Emit) -> dict[str, Any]:
     verify_bundle(request.bundle, fleet.directory / "trust" / "bundle.asc")
     reached, skipped = _reach(request, emit)
     check_lock(fleet, reached, emit, datetime.now(UTC).date())
+    warn_of_ended(reached, emit, datetime.now(UTC).date())
     check_releases(fleet, emit, bundle=request.bundle)
     outcome = run_playbook(
         resource("playbooks") / "site.yml", fleet_directory=fleet.directory, inventory=fleet.inventory,

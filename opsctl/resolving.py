@@ -15,14 +15,15 @@ from pathlib import Path
 from opsctl.engines.events import Emit, Note, PhaseStarted
 from opsctl.engines.session import Session, on_each
 from opsctl.errors import ConfigurationError, OpsctlError, RefusedError
-from opsctl.fleet.gpus import FABRIC_MANAGER, FLAVOUR, VERSION
+from opsctl.fleet.gpus import FABRIC_MANAGER, FLAVOUR, VERSION, source_of
 from opsctl.fleet.model import Fleet, Host, Service
 from opsctl.releases.listing import Listed, list_releases
 from opsctl.resources import resource
 from opsctl.stack.knowledge import Knowledge, knowledge
-from opsctl.stack.lock import Entry, HostFacts, Lock, ended, entry_of, holds, read
+from opsctl.stack.lock import Entry, HostFacts, Lock, branch_ended, ended, entry_of, holds, read
 from opsctl.stack.naming import Request, Unknown, answer, boards_seen, refused
 from opsctl.stack.question import Answer
+from opsctl.stack.versions import branch_of, is_driver_version
 
 TIMEOUT_S = 60.0
 
@@ -146,6 +147,17 @@ def read_lock(path: Path) -> Lock | None:
         return None
     except UnicodeDecodeError:
         raise ConfigurationError("stack_lock.not_yaml", f"{path} is not UTF-8.", hint="save it as UTF-8 text") from None
+
+
+def warn_of_ended(hosts: Sequence[Host], emit: Emit, today: date) -> None:
+    """Says of hosts that are to have Debian's own driver when its branch has ended: stack resolve chooses none such."""
+    for host in hosts:
+        version = str(host.variables.get(VERSION) or "")
+        if source_of(host.variables) != "debian" or not is_driver_version(version):
+            continue
+        if over := branch_ended(branch_of(version), knowledge(), today):
+            emit(Note(f"Debian's own driver {version}: {over}; opsctl stack resolve names one of the vendor's",
+                      "warning", host.name))
 
 
 def check_lock(fleet: Fleet, hosts: Sequence[Host], emit: Emit, today: date) -> None:

@@ -96,9 +96,10 @@ def _deed(role: str, task: Mapping[str, Any], known: Mapping[str, Any]) -> Deed 
     if task.get("changed_when") is False or not all(_may_hold(condition, known) for condition in task["when"]):
         return None
     name = str(task.get("name", "")).rstrip(".")
-    unit = task.get("vars", {}).get("base_unit")
-    if unit:  # base's unit.yml
-        return Deed(role, name, "unit", (str(unit),))
+    given = task.get("vars", {})
+    if "base_unit" in given or "base_pinned" in given:  # base's unit.yml and pinned.yml
+        return Deed(role, name, "unit", (str(given["base_unit"]),)) if "base_unit" in given else \
+            Deed(role, name, "packages", tuple(known.get(f"{role}_pinned", ())))
     module = next((key for key in task if key.startswith(PREFIX) and key.removeprefix(PREFIX) in KINDS), "")
     if not module:
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 # Names under which a Debian machine may follow its own release instead of the codename.
 ALIASES = frozenset({"stable", "oldstable", "oldoldstable", "testing"})
@@ -80,6 +81,23 @@ def sources_for(sources: Iterable[Source], *, own_codename: str, codename: str) 
         if addresses and suites and COMPONENT in source.components:
             kept.append(Source(addresses, tuple(suites), (COMPONENT,), source.options))
     return tuple(kept)
+
+
+def signed_as(sources: Iterable[Source], keys: Mapping[tuple[str, str], Path]) -> tuple[Source, ...]:
+    """Each source with the key that is named for its address and suite, where one is.
+
+    A mirror whose ``main`` is this machine's own source and whose ``non-free`` the operator wrote down has one Release
+    file for both, and apt refuses to read it under two keys.
+    """
+    known = {(address.rstrip("/"), suite): key for (address, suite), key in keys.items()}
+    found = []
+    for source in sources:
+        for address in source.addresses:
+            for suite in source.suites:
+                key = known.get((address.rstrip("/"), suite))
+                options = {**source.options, "signed-by": str(key)} if key else source.options
+                found.append(Source((address,), (suite,), source.components, options))
+    return tuple(found)
 
 
 def render_deb822(sources: Iterable[Source]) -> str:

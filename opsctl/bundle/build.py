@@ -25,6 +25,7 @@ from opsctl.bundle.keys import checking, signing
 from opsctl.bundle.packages import role_packages
 from opsctl.bundle.process import require_program
 from opsctl.bundle.repository import write_repository
+from opsctl.bundle.vendor_packages import download_sets, sets_of_inventory
 from opsctl.bundle.verify import AGENT_REQUIREMENT, FOLDERS, SIGNATURE, SUMS, SWITCHING, verify_bundle
 from opsctl.engines.events import Emit, PhaseStarted, discard
 from opsctl.errors import RefusedError
@@ -51,8 +52,8 @@ def build_bundle(fleet_directory: Path, bundle: Path, emit: Emit = discard, *, i
                  packages: Sequence[str] | None = None, locks: Sequence[WantedLock] | None = None) -> Built:
     """Makes or renews the bundle; a bundle that holds the same already is left as it is, byte for byte.
 
-    ``inventory``: names the drivers; None: there are none to be brought. ``packages`` and ``locks`` stand in for what
-    the roles install and the locks of engines and releases.
+    ``inventory``: names drivers and the like; None: there are none to be brought. ``packages`` and ``locks`` stand
+    in for what the roles install and the locks of engines and releases.
 
     Raises:
         ConfigurationError: a role's package list or an engine's lock is malformed.
@@ -65,7 +66,8 @@ def build_bundle(fleet_directory: Path, bundle: Path, emit: Emit = discard, *, i
     shipped = [agent_lock(), *shipped_locks(PACKAGE / "serving")]
     wanted_locks = locks if locks is not None else [*shipped, *release_locks(bundle)]
     names = driver_names(resource("roles"))
-    drivers = drivers_of_inventory(inventory, names) if inventory else ()
+    drivers = drivers_of_inventory(inventory, names["vendor"].own) if inventory else ()
+    sets = sets_of_inventory(inventory) if inventory else ()
     with one_build_at_a_time(emit):
         _able_to_sign(home, trusted_key)
         finish_switch(bundle)
@@ -75,6 +77,9 @@ def build_bundle(fleet_directory: Path, bundle: Path, emit: Emit = discard, *, i
             if drivers:
                 emit(PhaseStarted("Drivers"))
                 closure = union([closure, *download_drivers(drivers, names, fleet_directory, emit)])
+            if sets:
+                emit(PhaseStarted("Container toolkit and CUDA"))
+                closure = union([closure, *download_sets(sets, fleet_directory, emit)])
             emit(PhaseStarted("Wheels"))
             wheels = _wheels(bundle / NEW / "wheels", wanted_locks, emit)
             emit(PhaseStarted("Index, sign, verify"))

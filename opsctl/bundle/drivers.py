@@ -1,4 +1,4 @@
-"""The vendor's drivers in the bundle: exactly those that the inventory names, each resolved for itself.
+"""The drivers in the bundle, the vendor's or Debian's: exactly those that the inventory names, each for itself.
 
 Drivers conflict with each other, and so do the two kernel modules of one, so each pair of version and flavour gets a
 run of apt of its own; the union of the files goes into the pool, where several versions of a package lie side by side.
@@ -6,7 +6,8 @@ run of apt of its own; the union of the files goes into the pool, where several 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -17,29 +18,34 @@ from opsctl.bundle.vendor_sources import FOLDER, VendorSource, described, read_v
 from opsctl.engines.events import Emit, Note
 from opsctl.errors import RefusedError
 from opsctl.fleet.ansible_inventory import read_raw
-from opsctl.fleet.gpus import WantedDriver, wanted_drivers
+from opsctl.fleet.gpus import SOURCE, WantedDriver, wanted_drivers
 from opsctl.fleet.hosts import check_gpus
 from opsctl.fleet.inventory import stacks_in
 from opsctl.fleet.versions import check_versions, versions_as_text
-from opsctl.stack.driver import PIN, Names
-from opsctl.stack.fit import Flavour
-from opsctl.stack.index import Index, drivers_of, family, package_version, parse_index
+from opsctl.stack.driver import PIN, Names, members_of
+from opsctl.stack.fit import Flavour, Source
+from opsctl.stack.index import Index, drivers_of, package_version, parse_index
 from opsctl.stack.lock import FILE
 from opsctl.stack.versions import nearest
 
 ROLE = "nvidia_driver"
+DEBIAN_COMPONENTS = {"contrib", "non-free", "non-free-firmware"}
 
 
-def driver_names(roles: Path) -> Names:
-    """The driver's packages by the role's variables, which alone know them."""
+def driver_names(roles: Path) -> Mapping[Source, Names]:
+    """The driver's packages by where they come from, by the role's variables, which alone know them."""
     known = {key: value for folder in ("defaults", "vars") for key, value in
              yaml.safe_load((roles / ROLE / folder / "main.yml").read_text(encoding="utf-8")).items()}
-    return Names(*(tuple(known[f"{ROLE}_{key}"]) for key in
-                   ("exact", "open", "proprietary", "fabric", "own", "patterns")))
+    vendor = Names(*(tuple(known[f"{ROLE}_{key}"]) for key in
+                     ("exact", "open", "proprietary", "fabric", "own", "patterns")))
+    debian = {key: tuple(value) for key, value in known[f"{ROLE}_debian"].items()}
+    return {"vendor": vendor, "debian": replace(vendor, **debian)}
 
 
-def drivers_of_inventory(inventory: Path, names: Names) -> tuple[WantedDriver, ...]:
+def drivers_of_inventory(inventory: Path, own: Sequence[str]) -> tuple[WantedDriver, ...]:
     """What the hosts of an inventory name; empty for a fleet that leaves its drivers alone.
+
+    ``own``: the role's default of the packages that come with a driver.
 
     Raises:
         ConfigurationError: a version is a number, or no driver's.
@@ -51,24 +57,51 @@ def drivers_of_inventory(inventory: Path, names: Names) -> tuple[WantedDriver, .
     lock = inventory.parent / FILE
     stacks = stacks_in(lock.read_text(encoding="utf-8") if lock.exists() else "", lock)
     return wanted_drivers({host: {**stacks.get(host, {}), **versions_as_text(variables)}
-                           for host, variables in hostvars.items()}, names.own)
+                           for host, variables in hostvars.items()}, own)
 
 
-def download_drivers(wanted: Sequence[WantedDriver], names: Names, fleet_directory: Path, emit: Emit
+def download_drivers(wanted: Sequence[WantedDriver], names: Mapping[Source, Names], fleet_directory: Path, emit: Emit
                      ) -> tuple[Closure, ...]:
     """The drivers, one or more, with all they depend on, on disk and with the digests that the signed indexes name.
 
     Raises:
         ConfigurationError: a source in ``sources.d`` is unsigned or malformed.
         RefusedError: there is none (``bundle.no_vendor_source``), or it does not have a version
-            (``bundle.no_such_driver``); and what ``download_closure`` raises.
+            (``bundle.no_such_driver``), or two have it (``bundle.two_sources``); and what ``download_closure`` raises.
     """
-    vendors = read_vendor_sources(fleet_directory)
-    if not vendors:
-        raise RefusedError("bundle.no_vendor_source", f"{wanted[0].hosts[0]} names the driver {wanted[0].version}, and "
-                           f"{fleet_directory / FOLDER} holds no source to get it from.",
-                           hint=f"write {FOLDER}/nvidia.sources there: Types: deb, URIs, Suites and Signed-By of the "
-                                "vendor's repository")
+    _check_one_source_each(wanted)
+    sources = read_vendor_sources(fleet_directory)
+    return tuple(closure for source in dict.fromkeys(driver.source for driver in wanted) for closure in _download(
+        [driver for driver in wanted if driver.source == source], names[source],
+        _sources_for(source, sources, wanted, fleet_directory), emit))
+
+
+def _check_one_source_each(wanted: Sequence[WantedDriver]) -> None:
+    """Packages of both may have the same name and version and other content, and a pool has one file of a name."""
+    for one in wanted:
+        other = next((other for other in wanted if other.version == one.version and other.source != one.source), None)
+        if other:
+            raise RefusedError("bundle.two_sources", f"{one.hosts[0]} and {other.hosts[0]} name the driver "
+                               f"{one.version}, of {one.source} and of {other.source}, and a bundle has one of them.",
+                               hint=f"write the same {SOURCE} for both, or another version for one")
+
+
+def _sources_for(source: Source, found: Sequence[VendorSource], wanted: Sequence[WantedDriver], fleet_directory: Path
+                 ) -> tuple[VendorSource, ...]:
+    """Of Debian's driver only what has Debian's components: NVIDIA's repository has packages of the same names."""
+    usable = tuple(one for one in found if source == "vendor" or DEBIAN_COMPONENTS & set(one.components))
+    if usable:
+        return usable
+    driver = next(one for one in wanted if one.source == source)
+    name, whose = ("nvidia", "the vendor's repository") if source == "vendor" else (
+        "debian", "a Debian mirror, with Components: contrib non-free non-free-firmware")
+    raise RefusedError("bundle.no_vendor_source", f"{driver.hosts[0]} names the driver {driver.version}, and "
+                       f"{fleet_directory / FOLDER} holds no source to get it from.",
+                       hint=f"write {FOLDER}/{name}.sources there: Types: deb, URIs, Suites and Signed-By of {whose}")
+
+
+def _download(wanted: Sequence[WantedDriver], names: Names, vendors: Sequence[VendorSource], emit: Emit
+              ) -> tuple[Closure, ...]:
     apt = PrivateApt(vendors)
     apt.update(emit)
     index = parse_index(apt.index(names.may_belong))
@@ -93,7 +126,7 @@ def _flavours(driver: WantedDriver, names: Names, index: Index, vendors: Sequenc
     for flavour in driver.flavours:
         roots = names.roots(flavour, fabric_manager=False)
         lacking = _lacking(driver, roots, index)
-        lacking += [name for name in (PIN + driver.version,) if name not in index]
+        lacking += [name for name in (*_pins(driver), *names.companions) if name not in index]
         missing += lacking
         there += [] if lacking else [flavour]
     if there:
@@ -114,5 +147,10 @@ def _lacking(driver: WantedDriver, roots: Sequence[str], index: Index) -> list[s
 def _arguments(driver: WantedDriver, flavour: Flavour, names: Names, index: Index) -> tuple[str, ...]:
     """What apt is asked for: every member of the family with its exact version, or it would take the newest of some."""
     fabric = not _lacking(driver, names.fabric, index)
-    members = family(index, names.roots(flavour, fabric_manager=fabric), driver.version)
-    return (PIN + driver.version, *(f"{name}={version}" for name, version in members.items()), *driver.own)
+    members = members_of(index, names.roots(flavour, fabric_manager=fabric), names.companions, driver.version)
+    return (*_pins(driver), *(f"{name}={version}" for name, version in members.items()), *driver.own)
+
+
+def _pins(driver: WantedDriver) -> tuple[str, ...]:
+    """The vendor's pinning package; for Debian's packages hosts get preferences of opsctl's."""
+    return (PIN + driver.version,) if driver.source == "vendor" else ()

@@ -11,9 +11,10 @@ import shlex
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from pathlib import Path
 
-from opsctl.bundle.apt_sources import Source, parse_deb822, parse_one_line, render_deb822, sources_for
+from opsctl.bundle.apt_sources import Source, parse_deb822, parse_one_line, render_deb822, signed_as, sources_for
 from opsctl.bundle.cache import cache_directory
 from opsctl.bundle.debs import Deb, file_is, parse_printed_uris, unknown_packages
 from opsctl.bundle.process import last_lines, require_program, run, started
@@ -84,7 +85,8 @@ class PrivateApt:
     def __init__(self, vendors: Sequence[VendorSource] = ()) -> None:
         self._program = require_program("apt-get", "apt", "it downloads the hosts' packages")
         self._whose = "this machine's package sources" + " and those in sources.d" * bool(vendors)
-        text = render_deb822(_machine_sources())
+        machine = _machine_sources()
+        text = render_deb822(machine)
         # With the names too: of a file that was renamed, apt would read the old copy along and refuse both.
         known = text + "".join(vendor.name + vendor.render(Path("/")) + vendor.key.hex() for vendor in vendors)
         self._root = cache_directory("apt", hashlib.sha256(known.encode()).hexdigest()[:12])
@@ -93,11 +95,13 @@ class PrivateApt:
                           self.archives / "partial"):
             directory.mkdir(parents=True, exist_ok=True)
         (self._root / "status").write_bytes(b"")
-        (self._root / "sources/machine.sources").write_text(text, encoding="utf-8")
         for vendor in vendors:
             key = self._root / "keys" / vendor.key_name
             key.write_bytes(vendor.key)
             (self._root / "sources" / f"{vendor.name}.sources").write_text(vendor.render(key), encoding="utf-8")
+        machine = signed_as(machine, {place: self._root / "keys" / vendor.key_name for vendor in vendors
+                                      for place in product(vendor.addresses, vendor.suites)})
+        (self._root / "sources/machine.sources").write_text(render_deb822(machine), encoding="utf-8")
         self._configuration = self._root / "apt.conf"
         self._configuration.write_text(APT_CONFIGURATION.format(root=self._root, archives=self.archives,
                                                                 architecture=ARCHITECTURE), encoding="utf-8")

@@ -60,8 +60,9 @@ def repository(captured: Captured, wanted: Wanted) -> Judged:
         return good(f"{len(packages)} packages of the driver, none of them the distribution's own")
     found = next(iter(foreign.values()))
     what = f"{some(list(foreign))} came from another repository ({' '.join(found[1].split()[:2])})"
-    if not wanted.driver:
-        return good(f"{what}, and opsctl is to keep its hands off the driver")
+    if not wanted.driver or wanted.driver_source == "debian":
+        return good(f"{what}, and " + ("nvidia_driver_source=debian wants them from there" if wanted.driver else
+                                       "opsctl is to keep its hands off the driver"))
     return warn(f"{what}: its packages and NVIDIA's replace each other's files",
                 on(wanted, "apt-get", "purge", *foreign))
 

@@ -73,7 +73,8 @@ def wanted_of(fleet: Fleet, host: Host) -> Wanted:
     return Wanted(
         host.name, host.groups, fleet.package_source, "" if own else gateway_url(fleet), said[gpus.VERSION],
         said[gpus.FLAVOUR], said[gpus.MODEL], said[gpus.FABRIC_MANAGER] or "auto", host.gpus or (),
-        sum(max(there, default=0) for there in releases), sum(min(there, default=0) for there in releases))
+        sum(max(there, default=0) for there in releases), sum(min(there, default=0) for there in releases),
+        gpus.source_of(host.variables))
 
 
 def sizes(folder: Path) -> Iterator[int]:

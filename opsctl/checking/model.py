@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from opsctl.stack.fit import Source
+
 Verdict = Literal["pass", "warn", "fix", "skip"]
 # host: every host; gpu: hosts that have GPUs or are to have; driver: as gpu, and only where a driver is loaded
 Scope = Literal["host", "gpu", "driver"]
@@ -55,6 +57,7 @@ class Wanted:
     gpu_uuids: tuple[str, ...] = ()
     release_bytes: int = 0
     least_release_bytes: int = 0
+    driver_source: Source = "vendor"
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,7 @@ def programs(scratch: str, following: str) -> dict[str, tuple[list[str], float]]
                        *PACKAGES], 15),
         "apt-update": (["apt-get", "update", "-c", scratch + "/apt.conf"], 40),
         "modprobe-config": (["modprobe", "--showconfig"], 10),
-        "modinfo": (["modinfo", "nvidia"], 10),
+        "modinfo": (["modinfo", "nvidia", "nvidia-current"], 10),  # NVIDIA's packages' name for it, and Debian's
         "driver": (["cat", "/proc/driver/nvidia/version"], 10),
         "fabric-unit": (["systemctl", "show", "-p", "LoadState,UnitFileState,ActiveState", "nvidia-fabricmanager"], 10),
         "time-services": (["systemctl", "is-active", *TIME_SERVICES], 10),
@@ -237,7 +237,7 @@ def programs(scratch: str, following: str) -> dict[str, tuple[list[str], float]]
         asked["nvidia-smi-csv"] = (["nvidia-smi", "--query-gpu=" + QUERY, "--format=csv,noheader"], 40)
         asked["nvlink"] = (["nvidia-smi", "nvlink", "--status"], 40)
     if following:
-        asked["modinfo-next"] = (["modinfo", "-k", following, "nvidia"], 10)
+        asked["modinfo-next"] = (["modinfo", "-k", following, "nvidia", "nvidia-current"], 10)
     for key in MOK_KEYS:
         if os.path.exists(key):
             asked["mok-test"] = (["mokutil", "--test-key", key], 10)

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from opsctl.stack.catalogue import called, catalogue
-from opsctl.stack.fit import FLAVOURS, Flavour
+from opsctl.stack.fit import FLAVOURS, SOURCES, Flavour, Source
 from opsctl.stack.versions import is_driver_version, order_of
 
 VERSION, FLAVOUR, MODEL = "nvidia_driver_version", "nvidia_driver_flavour", "gpu_model"
 FABRIC_MANAGER, OWN = "nvidia_driver_fabric_manager", "nvidia_driver_own"
-BUNDLE_VERSIONS = "nvidia_driver_bundle_versions"
+BUNDLE_VERSIONS, SOURCE = "nvidia_driver_bundle_versions", "nvidia_driver_source"
 # Everything that is read here, so that a caller with lazy variables can fetch these only.
-READ = (VERSION, FLAVOUR, MODEL, FABRIC_MANAGER, BUNDLE_VERSIONS, OWN)
-CHOICES: Mapping[str, tuple[str, ...]] = {FLAVOUR: FLAVOURS, FABRIC_MANAGER: ("auto", "present", "absent")}
+READ = (VERSION, FLAVOUR, MODEL, FABRIC_MANAGER, BUNDLE_VERSIONS, OWN, SOURCE)
+CHOICES: Mapping[str, tuple[str, ...]] = {FLAVOUR: FLAVOURS, FABRIC_MANAGER: ("auto", "present", "absent"),
+                                              SOURCE: SOURCES}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class WantedDriver:
     flavours: tuple[Flavour, ...]
     hosts: tuple[str, ...]
     own: tuple[str, ...]
+    source: Source = "vendor"
 
 
 def first_wrong(variables: Mapping[str, Any]) -> Wrong | None:
@@ -74,12 +76,20 @@ def wanted_drivers(hostvars: Mapping[str, Mapping[str, Any]], own: Sequence[str]
     for version in sorted({version for variables in hostvars.values() for version in _named(variables)}, key=order_of):
         hosts = {host: variables for host, variables in (with_driver or hostvars).items()
                  if version in _named(variables)} or hostvars
-        flavours = {flavour for variables in hosts.values() for flavour in flavours_of(variables)}
-        others = [name for variables in hosts.values()
-                  for name in (listed(variables[OWN]) if OWN in variables else own)]
-        found.append(WantedDriver(version, tuple(flavour for flavour in FLAVOURS if flavour in flavours), tuple(hosts),
-                                  tuple(dict.fromkeys(others))))
+        for source in SOURCES:
+            mine = {host: variables for host, variables in hosts.items() if source_of(variables) == source}
+            flavours = {flavour for variables in mine.values() for flavour in flavours_of(variables)}
+            others = [name for variables in mine.values()
+                      for name in (listed(variables[OWN]) if OWN in variables else own)]
+            if mine:
+                found.append(WantedDriver(version, tuple(flavour for flavour in FLAVOURS if flavour in flavours),
+                                          tuple(mine), tuple(dict.fromkeys(others)), source))
     return tuple(found)
+
+
+def source_of(variables: Mapping[str, Any]) -> Source:
+    """Whose packages a host's driver comes in; the vendor's where its inventory says nothing."""
+    return next((source for source in SOURCES if source == variables.get(SOURCE)), "vendor")
 
 
 def _named(variables: Mapping[str, Any]) -> tuple[str, ...]:

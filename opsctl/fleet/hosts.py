@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opsctl.errors import ConfigurationError
-from opsctl.fleet import gpu_lock, gpus
+from opsctl.fleet import gpu_lock, gpus, vendor_packages
 from opsctl.fleet.model import Host
 from opsctl.fleet.source import at, find_line, inventory_files, text_of
 
@@ -32,7 +32,7 @@ READ = (
     *PASSWORDS, *WEAKENING, "ansible_connection", "ansible_host", "ansible_ssh_host", "ansible_port",
     "ansible_ssh_port", "ansible_user", "ansible_ssh_user", "ansible_ssh_private_key_file", "ansible_private_key_file",
     "ansible_ssh_common_args", "ansible_ssh_extra_args", "proxy_jump", "service_address", "management_address",
-    "gpu_uuids", *gpus.READ,
+    "gpu_uuids", *gpus.READ, *vendor_packages.READ,
 )
 
 
@@ -85,12 +85,12 @@ def _gpus(variables: Mapping[str, Any], known: Sequence[gpu_lock.Gpu] | None) ->
 
 
 def check_gpus(name: str, variables: Mapping[str, Any], inventory: Path) -> None:
-    """Refuses what cannot be right about a host's GPUs and their driver, whatever the host has.
+    """Refuses what cannot be right about a host's GPUs, their driver and its companions, whatever the host has.
 
     Raises:
         ConfigurationError: ``inventory.bad_value``.
     """
-    wrong = gpus.first_wrong(variables)
+    wrong = gpus.first_wrong(variables) or vendor_packages.first_wrong(variables)
     if wrong:
         raise _wrong(name, wrong.key, wrong.value, inventory, wrong.problem, wrong.hint)
 

@@ -1,7 +1,7 @@
 """``python -m opsctl.stack``: the role nvidia_driver asks what a host lacks. A JSON document in, one out.
 
 In: ``wish``, ``names`` and ``seen`` by their fields in ``driver.py``, and ``index``, the path of a ``Packages`` file
-on this machine, or ``index_text``. Out: ``desired`` and ``course``, or ``error``. Touches nothing.
+on this machine, or ``index_text``. Out: ``desired``, ``preferences`` and ``course``, or ``error``. Touches nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
     except OpsctlError as error:
         return {"error": f"{error.message.rstrip('.')}: {error.hint}." if error.hint else error.message,
                 "code": error.code}
-    return {"desired": dataclasses.asdict(want), "course": dataclasses.asdict(what), "error": ""}
+    return {"desired": dataclasses.asdict(want), "preferences": want.preferences,
+            "course": dataclasses.asdict(what), "error": ""}
 
 
 def _index_text(asked: Mapping[str, Any]) -> str:

@@ -4,6 +4,8 @@ The pinning package goes first and alone, because apt reads preferences when it 
 transaction install the newest driver under the older one's pin (measured). Then every member of the driver's family
 with its exact version, because apt takes the newest of each dependency otherwise, and every held package by its name,
 because apt changes no held package that is not named; it takes the holds off as it does. Holds come last.
+
+Debian's own packages have no pinning package: preferences that opsctl writes take its place (``preferences``).
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ from typing import Literal
 
 from opsctl.errors import RefusedError
 from opsctl.stack.fit import Flavour, Wish, check_fit, flavour_of, known_gpus, needs_fabric_manager
-from opsctl.stack.index import Index, drivers_of, family, package_version
+from opsctl.stack.index import Index, companion_version, drivers_of, family, package_version
 from opsctl.stack.versions import driver_in, nearest, order_of
 
 PIN = "nvidia-driver-pinning-"
 HEADERS = "linux-headers-"
+PRIORITY = 1001  # from 1000 on apt prefers a version that is older than the installed one
 Change = Literal["install", "up", "down", "flavour", "mend", "none"]
 
 
@@ -27,7 +30,9 @@ Change = Literal["install", "up", "down", "flavour", "mend", "none"]
 class Names:
     """The role's package names: of the driver's exact version, the two kernel modules, the fabric manager, others.
 
-    ``patterns``: what else belongs to a driver, as ``dpkg-query`` and ``fnmatch`` read it.
+    ``companions``: what the driver needs and what is released apart from it, pinned and held along with it; ``apart``:
+    what only looks like the driver's, by its version, and is left alone. ``patterns``: what else belongs to a driver,
+    as ``dpkg-query`` and ``fnmatch`` read it.
     """
 
     exact: tuple[str, ...]
@@ -36,6 +41,8 @@ class Names:
     fabric: tuple[str, ...]
     own: tuple[str, ...] = ()  # with versions of their own
     patterns: tuple[str, ...] = ()
+    companions: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
 
     def roots(self, flavour: Flavour, *, fabric_manager: bool) -> tuple[str, ...]:
         module = self.open if flavour == "open" else self.proprietary
@@ -43,7 +50,7 @@ class Names:
 
     def may_belong(self, name: str) -> bool:
         """Whether a package of this name may be a driver's; its version tells."""
-        known = (*self.exact, *self.open, *self.proprietary, *self.fabric, *self.patterns)
+        known = (*self.exact, *self.open, *self.proprietary, *self.fabric, *self.companions, *self.patterns)
         return any(fnmatchcase(name, pattern) for pattern in known)
 
 
@@ -70,7 +77,11 @@ class Seen:
 
 @dataclass(frozen=True)
 class Desired:
-    """What a host is to have; the same however often it is asked. ``packages``: the family, with exact versions."""
+    """What a host is to have; the same however often it is asked. ``packages``: the family, with exact versions.
+
+    ``pin``: the vendor's pinning package; empty where opsctl's preferences pin. ``apart``: what looks like the
+    driver's by name and version, and has a version of its own.
+    """
 
     version: str
     flavour: Flavour
@@ -78,10 +89,22 @@ class Desired:
     pin: str
     packages: Mapping[str, str]
     own: tuple[str, ...]
+    apart: tuple[str, ...] = ()
 
     @property
     def holds(self) -> tuple[str, ...]:
-        return (self.pin, *self.packages)
+        return (*((self.pin,) if self.pin else ()), *self.packages)
+
+    @property
+    def preferences(self) -> str:
+        """What apt is to prefer, in the place of a pinning package: exactly these versions, older ones too."""
+        if self.pin:
+            return ""
+        named: dict[str, list[str]] = {}
+        for name, version in self.packages.items():
+            named.setdefault(version, []).append(name)
+        return "\n".join(f"Package: {' '.join(names)}\nPin: version {version}\nPin-Priority: {PRIORITY}\n"
+                         for version, names in named.items())
 
 
 @dataclass(frozen=True)
@@ -114,9 +137,9 @@ def desired(wish: Wish, seen: Seen, names: Names, index: Index) -> Desired:
     check_fit(wish, gpus)
     flavour = flavour_of(wish, gpus)
     fabric = needs_fabric_manager(wish, gpus, seen.switches)
-    packages = exact_packages(wish.host, index, names.roots(flavour, fabric_manager=fabric), wish.version)
-    pin = PIN + wish.version
-    if pin not in index:
+    packages = exact_packages(wish, index, names, flavour, fabric_manager=fabric)
+    pin = PIN + wish.version if wish.source == "vendor" else ""
+    if pin and pin not in index:
         raise RefusedError("driver.no_pin", f"{wish.host}: its package source has no {pin}, and nothing else keeps "
                            f"other tools from moving the driver.", hint=_build_hint())
     own = names.own
@@ -128,24 +151,42 @@ def desired(wish: Wish, seen: Seen, names: Names, index: Index) -> Desired:
                                hint="update and reboot the host's kernel, or opsctl bundle build with that package in "
                                     "nvidia_driver_own")
         own = (*own, headers)
-    return Desired(wish.version, flavour, fabric, pin, packages, own)
+    return Desired(wish.version, flavour, fabric, pin, packages, own, (*names.companions, *names.apart))
 
 
-def exact_packages(host: str, index: Index, roots: Sequence[str], version: str) -> dict[str, str]:
-    """The family of a driver version, or a refusal that names the nearest versions that there are.
+def exact_packages(wish: Wish, index: Index, names: Names, flavour: Flavour, *, fabric_manager: bool
+                   ) -> dict[str, str]:
+    """The family of a driver version and its companions, or a refusal that names the nearest versions that there are.
 
     Raises:
         RefusedError: ``driver.no_such_version``.
     """
     try:
-        return family(index, roots, version)
+        return members_of(index, names.roots(flavour, fabric_manager=fabric_manager), names.companions, wish.version)
     except KeyError as error:
         name = str(error.args[0])
-        there = nearest(version, drivers_of(index, name))
+        there = nearest(wish.version, drivers_of(index, name))
         has = f"the nearest that it has: {', '.join(there)}" if there else "and no other version of it"
-        raise RefusedError("driver.no_such_version", f"{host}: the package source has no {name} {version}; {has}.",
-                           hint=f'nvidia_driver_version="{there[0]}", or {_build_hint()}' if there else _build_hint()
-                           ) from None
+        hint = f'nvidia_driver_version="{there[0]}", or {_build_hint()}' if there else _build_hint()
+        # Debian does not bring every security update of the driver with the open module.
+        if name in names.open and all(package_version(index, other, wish.version) for other in names.proprietary):
+            hint += "; or nvidia_driver_flavour=proprietary, where the GPUs take it, which it has in that version"
+        raise RefusedError("driver.no_such_version", f"{wish.host}: the package source has no {name} {wish.version}; "
+                           f"{has}.", hint=hint) from None
+
+
+def members_of(index: Index, roots: Sequence[str], companions: Sequence[str], driver: str) -> dict[str, str]:
+    """Names and exact versions of all that is pinned together.
+
+    Raises:
+        KeyError: there is none of a package; the argument is its name.
+    """
+    found = family(index, roots, driver)
+    for name in companions:
+        found[name] = companion_version(index, name, driver)
+        if not found[name]:
+            raise KeyError(name)
+    return dict(sorted(found.items()))
 
 
 def course(want: Desired, seen: Seen, index: Index) -> Course:
@@ -154,8 +195,9 @@ def course(want: Desired, seen: Seen, index: Index) -> Course:
     whole = {name: version for name, version in installed.items() if name not in (seen.states or {})}
     pins = sorted(name for name in installed if name.startswith(PIN))
     transactions = []
-    if pins != [want.pin] or want.pin not in whole:
-        transactions.append(Transaction("pin", (want.pin,), tuple(name for name in pins if name != want.pin)))
+    wanted_pins = [want.pin] if want.pin else []
+    if pins != wanted_pins or any(name not in whole for name in wanted_pins):
+        transactions.append(Transaction("pin", tuple(wanted_pins), tuple(name for name in pins if name != want.pin)))
     packages = {**want.packages, **followers(want, installed, index)}
     gone = leavers(want, installed, packages)
     own = tuple(name for name in want.own if name not in whole)
@@ -163,7 +205,7 @@ def course(want: Desired, seen: Seen, index: Index) -> Course:
         exact = tuple(f"{name}={version}" for name, version in packages.items())
         transactions.append(Transaction("driver", (*exact, *own), gone))
     # apt takes the hold off each held package that it is told to change (seen on apt 2.6), so all are held anew.
-    hold = tuple(name for name in (want.pin, *packages) if transactions or name not in seen.held)
+    hold = tuple(name for name in (*wanted_pins, *packages) if transactions or name not in seen.held)
     return Course(change_of(want, installed, bool(transactions or hold)), tuple(transactions), hold,
                   seen.loaded != want.version)
 
@@ -174,7 +216,7 @@ def members(want: Desired, installed: Mapping[str, str]) -> tuple[str, ...]:
     Pins are none of them, and what has a version of its own is none: ``nvlsm`` 2025.03.1 only looks like one.
     """
     return tuple(name for name, version in installed.items()
-                 if driver_in(version) and not name.startswith(PIN) and name not in want.own)
+                 if driver_in(version) and not name.startswith(PIN) and name not in (*want.own, *want.apart))
 
 
 def unwanted(want: Desired, name: str) -> bool:

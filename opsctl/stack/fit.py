@@ -15,17 +15,23 @@ from opsctl.stack.versions import branch_of, is_driver_version
 
 Flavour = Literal["open", "proprietary"]
 FLAVOURS: tuple[Flavour, ...] = ("open", "proprietary")
+Source = Literal["vendor", "debian"]
+SOURCES: tuple[Source, ...] = ("vendor", "debian")
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What the inventory says of a host's driver. Empty: it says nothing. ``fabric_manager``: auto, present, absent."""
+    """What the inventory says of a host's driver. Empty: it says nothing. ``fabric_manager``: auto, present, absent.
+
+    ``source``: whose packages they are, NVIDIA's repository's (``vendor``) or those of Debian's non-free (``debian``).
+    """
 
     host: str
     version: str
     flavour: str = ""
     fabric_manager: str = "auto"
     gpu_model: str = ""
+    source: Source = "vendor"
 
 
 def known_gpus(wish: Wish, device_ids: Sequence[str]) -> tuple[Gpu, ...]:

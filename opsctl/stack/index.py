@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from opsctl.stack.versions import driver_in
+from opsctl.stack.versions import driver_in, order_of
 
 DEPENDS = ("Pre-Depends", "Depends")
 NAME = re.compile(r"\s*([a-z0-9][a-z0-9+.-]+)")
@@ -44,6 +44,18 @@ def package_version(index: Index, name: str, driver: str) -> str:
     """The version of a package that brings this driver, ``580.126.09-1``; empty when there is none."""
     fitting = [version for version in index.get(name, ()) if driver_in(version) == driver]
     return max(fitting, key=_revision, default="")
+
+
+def companion_version(index: Index, name: str, driver: str) -> str:
+    """The version of a package that comes with a driver under a version of its own; empty when there is none.
+
+    The newest that is not newer than the driver, else the oldest: Debian 12 has nvidia-modprobe 535.161.07 beside the
+    driver 535.261.03, and a bundle may hold another source's nvidia-modprobe 580.
+    """
+    versions = sorted((version for version in index.get(name, ()) if driver_in(version)),
+                      key=lambda version: (order_of(driver_in(version)), _revision(version)))
+    fitting = [version for version in versions if order_of(driver_in(version)) <= order_of(driver)]
+    return fitting[-1] if fitting else next(iter(versions), "")
 
 
 def drivers_of(index: Index, name: str) -> tuple[str, ...]:

@@ -112,11 +112,15 @@ def holds(entry: Entry, facts: HostFacts, known: Knowledge, today: date) -> tupl
 
 def ended(entry: Entry, known: Knowledge, today: date) -> str:
     """That the locked driver's branch gets no fixes any more, in words; empty while it does."""
-    branch = next((one for one in known.branches if one.number == entry.branch and not one.gets_fixes(today)), None)
+    return branch_ended(entry.branch, known, today)
+
+
+def branch_ended(number: int, known: Knowledge, today: date) -> str:
+    """That a branch gets no fixes of NVIDIA's any more, in words; empty while it does, or is not known."""
+    branch = next((one for one in known.branches if one.number == number and not one.gets_fixes(today)), None)
     if branch is None:
         return ""
-    return f"driver branch {entry.branch} gets no fixes any more" + (f": it ended with {branch.ends}" if branch.ends
-                                                                     else "")
+    return f"driver branch {number} gets no fixes any more" + (f": it ended with {branch.ends}" if branch.ends else "")
 
 
 def read(text: str, path: object) -> Lock:

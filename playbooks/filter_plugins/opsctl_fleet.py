@@ -81,7 +81,7 @@ def opsctl_fleet(groups: Mapping[str, Any], hostvars: Mapping[str, Any], service
                                plain(gpus_text), plain(lock_text))
     placements = place(fleet)
     defaults = defaults_of("nvidia_driver")
-    drivers = {key: defaults[key] for key in (gpus.VERSION, gpus.FLAVOUR, gpus.FABRIC_MANAGER, gpus.OWN)}
+    drivers = {key: defaults[key] for key in (gpus.VERSION, gpus.SOURCE, gpus.FLAVOUR, gpus.FABRIC_MANAGER, gpus.OWN)}
     return {
         "placements": {host.name: [dataclasses.asdict(placement) | {"gpus": list(placement.gpus)}
                                    for placement in placements if placement.host == host.name] for host in fleet.hosts},

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 
 import pytest
+from rendering import render
 
 from opsctl.bundle.build import Built, build_bundle
 from opsctl.bundle.closure import Closure, Deb, download_closure
@@ -32,8 +33,10 @@ from opsctl.stack.index import parse_index
 
 MISSING = [name for name in ("apt-get", "apt-ftparchive", "dpkg-deb", "gpg", "gpgv") if shutil.which(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not on this machine: {', '.join(MISSING)}")
-NAMES = driver_names(resource("roles"))
+ALL_NAMES = driver_names(resource("roles"))
+NAMES = ALL_NAMES["vendor"]
 VERSIONS = ("580.126.09", "595.71.05")
+DEBIANS = ("535.309.01-0+deb12u1", "535.261.03-1")
 HOLDABLE = {"libcuda1", "nvidia-driver-cuda", "nvidia-kernel-open-dkms", "nvidia-modprobe", "nvidia-persistenced"}
 
 
@@ -53,6 +56,22 @@ def vendor_packages() -> list[tuple[str, str, str]]:
             *((name, version, "") for name in ("libcuda1", "nvidia-modprobe", "nvidia-persistenced")),
             ("libnvsdm", version, ""),
             ("nvidia-fabricmanager", version, f"Depends: nvidia-driver-cuda (= {version}), libnvsdm (= {version})\n"),
+        ]
+    return found
+
+
+def debian_packages() -> list[tuple[str, str, str]]:
+    """The same of Debian's own driver: no pin, a virtual name in between, and two packages released apart from it."""
+    found = [("nvidia-persistenced", "535.171.04-1~deb12u1", "Depends: libnvidia-cfg1\n"),
+             ("nvidia-modprobe", "535.309.01-0+deb12u1", ""), ("nvidia-modprobe", "535.161.07-1~deb12u1", "")]
+    for version in DEBIANS:
+        exact = f"nvidia-alternative (= {version})"
+        found += [
+            ("nvidia-alternative", version, ""), ("libnvidia-cfg1", version, f"Depends: {exact}\n"),
+            ("libcuda1", version, f"Depends: {exact}\n"), ("nvidia-smi", version, f"Depends: {exact}\n"),
+            ("nvidia-kernel-support", version, f"Provides: nvidia-kernel-support--v1\nDepends: {exact}, "
+             "nvidia-modprobe (>= 535)\n"),
+            ("nvidia-kernel-dkms", version, "Depends: nvidia-kernel-support--v1, build-tool\n"),
         ]
     return found
 
@@ -103,6 +122,25 @@ def publish(root: Path, name: str, debs: list[Path]) -> None:
         write_repository(root / name, closure, signer, previous=root / "none", checker=checker)
 
 
+def publish_beside_main(root: Path, debs: list[Path]) -> None:
+    """non-free of the mirror, under the Release file that main is under, as Debian has it."""
+    pool, dist = root / "mirror/pool/non-free", root / "mirror/dists/bookworm"
+    pool.mkdir(parents=True)
+    for path in debs:
+        shutil.copy(path, pool)
+    (dist / "non-free/binary-amd64").mkdir(parents=True)
+    packages = run(["apt-ftparchive", "packages", "pool/non-free"], cwd=root / "mirror").stdout
+    (dist / "non-free/binary-amd64/Packages").write_bytes(packages)
+    for name in ("Release", "Release.gpg", "InRelease"):
+        (dist / name).unlink()
+    release = run(["apt-ftparchive", *(word for key, value in (("Codename", "bookworm"), ("Suite", "bookworm"),
+                                                               ("Components", "main non-free"))
+                                       for word in ("-o", f"APT::FTPArchive::Release::{key}={value}")),
+                   "release", "."], cwd=dist).stdout
+    with signing(root / "mirror-key") as signer:
+        (dist / "InRelease").write_bytes(signer.clear(release))
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("drivers")
@@ -110,6 +148,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("XDG_CACHE_HOME", str(root / "index"))
         publish(root, "mirror", [deb(root, "tiny", "1", ""), deb(root, "build-tool", "12", ""),
                                  deb(root, "linux-headers-amd64", "6.1", "")])
+        publish_beside_main(root, [deb(root, *package) for package in debian_packages()])
         publish(root, "vendor", [deb(root, *package) for package in vendor_packages()])
     make_bundle_key(root / "fleet/keys/bundle", root / "fleet/trust/bundle.asc")
     return root
@@ -176,6 +215,63 @@ def test_a_fleet_without_a_vendors_source(site: Site) -> None:
     assert caught.value.code == "bundle.no_vendor_source"
 
 
+@pytest.fixture
+def debians(site: Site) -> Site:
+    """The operator wrote non-free of the machine's own mirror beside the vendor's source, with the mirror's key."""
+    shutil.copy(site.root / "mirror.asc", site.fleet / "sources.d/debian.asc")
+    (site.fleet / "sources.d/debian.sources").write_text(
+        f"Types: deb\nURIs: file:{site.root / 'mirror'}/\nSuites: bookworm\nComponents: non-free\n"
+        "Signed-By: sources.d/debian.asc\n")
+    return site
+
+
+DEBIAN = """\
+[gpu]
+gpu-1 nvidia_driver_version=535.309.01 nvidia_driver_source=debian gpu_model=V100
+gpu-2 nvidia_driver_version=580.126.09 gpu_model=V100
+[gpu:vars]
+nvidia_driver_own=[]
+"""
+
+
+def test_debians_own_driver_lies_beside_the_vendors(debians: Site) -> None:
+    debians.build(DEBIAN)
+    family = ("libcuda1", "libnvidia-cfg1", "nvidia-alternative", "nvidia-kernel-dkms", "nvidia-kernel-support",
+              "nvidia-modprobe", "nvidia-smi")
+    assert {name for name in debians.pool() if "_535." in name} == {
+        *(f"{name}_{DEBIANS[0]}_amd64.deb" for name in family), "nvidia-persistenced_535.171.04-1~deb12u1_amd64.deb"}
+    assert {"libcuda1_580.126.09-1+test_amd64.deb", "nvidia-driver-pinning-580.126.09_580.126.09-1+test_amd64.deb"
+            } <= debians.pool()
+
+
+def test_debians_own_driver_without_its_source(site: Site) -> None:
+    with pytest.raises(RefusedError) as caught:
+        site.build(DEBIAN)
+    assert caught.value.code == "bundle.no_vendor_source"
+    assert "sources.d/debian.sources" in caught.value.hint
+
+
+@pytest.mark.parametrize(("before", "after"), [("535.261.03", "535.309.01"), ("535.309.01", "535.261.03")])
+def test_preferences_take_a_host_up_and_down_where_there_is_no_pin(debians: Site, before: str, after: str) -> None:
+    """A real apt: what opsctl prefers is the candidate, older or newer, and the transaction removes nothing."""
+    debians.build(DEBIAN.replace("535.309.01", f"{after} nvidia_driver_bundle_versions={before}"))
+    machine, index = Machine(debians), parse_index(debians.index())
+    names = dataclasses.replace(ALL_NAMES["debian"], own=())
+    want = {version: desired(Wish("gpu-1", version, source="debian"), Seen(("1db1",)), names, index)
+            for version in (before, after)}
+    installed = {**want[before].packages, "build-tool": "12"}
+    machine.has(installed)
+    machine.prefers(want[after].preferences)
+    seen = Seen(("1db1",), installed=installed, held=frozenset(want[before].packages), loaded=before)
+    (one,) = course(want[after], seen, index).transactions
+    changed = {name for name, version in want[after].packages.items() if installed[name] != version}
+    (installs, removes), refusal = simulate(machine, one)
+    assert (installs, removes, refusal) == (changed, set(), "")
+    assert "libcuda1" in changed
+    machine.has({**want[after].packages, "build-tool": "12"})
+    assert "\nInst" not in machine.apt("-s", "--ignore-hold", "upgrade"), "the newest of the bundle is nobody's wish"
+
+
 def test_another_key_is_not_believed(site: Site) -> None:
     shutil.copy(site.root / "mirror.asc", site.fleet / "sources.d/nvidia.asc")
     with pytest.raises(RefusedError) as caught:
@@ -197,7 +293,7 @@ def test_a_flat_repository_and_a_key_in_the_file(site: Site) -> None:
     (site.fleet / "sources.d/nvidia.sources").write_text(
         f"Types: deb\nURIs: file:{flat}\nSuites: ./\nSigned-By:\n{key}\n")
     wanted = WantedDriver("580.126.09", ("open",), ("gpu-1",), ())
-    closure = download_drivers((wanted,), NAMES, site.fleet, discard)[0]
+    closure = download_drivers((wanted,), ALL_NAMES, site.fleet, discard)[0]
     assert "libcuda1_580.126.09-1+test_amd64.deb" in {one.name for one in closure.debs}
 
 
@@ -264,6 +360,11 @@ class Machine:
         done = run(["apt-get", *options, *arguments])
         return (done.stdout + done.stderr).decode() + f"\nrc={done.returncode}\n"
 
+    def prefers(self, preferences: str) -> None:
+        (self._root / "preferences/opsctl-nvidia").write_text(
+            render("roles/nvidia_driver/templates/opsctl-nvidia.j2", nvidia_driver_version="1",
+                   nvidia_driver_verdict={"preferences": preferences}))
+
     def has(self, packages: dict[str, str], states: Mapping[str, str] = MappingProxyType({})) -> None:
         """These are installed, some of them by half, and on hold."""
         index = {tuple(re.findall("^(?:Package|Version): (.+)$", stanza, re.MULTILINE)): stanza
@@ -297,7 +398,7 @@ def test_a_hosts_apt_goes_up_and_down_with_everything_held(site: Site, before: s
     machine, index = Machine(site), parse_index(site.index())
 
     def bring(version: str, seen: Seen) -> tuple[dict[str, str], Course]:
-        names = driver_names(resource("roles"))
+        names = NAMES
         want = desired(Wish("gpu-1", version), seen, names, index)
         return {want.pin: f"{version}-1+test", **want.packages, "build-tool": "12", "linux-headers-amd64": "6.1"}, \
             course(want, seen, index)
@@ -364,7 +465,7 @@ def test_a_source_without_the_fabric_manager_is_told(site: Site) -> None:
     names = dataclasses.replace(NAMES, fabric=("nvidia-fabricmanager", "nvidia-imex"))
     wanted = WantedDriver("580.126.09", ("open",), ("gpu-1",), ())
     said: list[Event] = []
-    (closure,) = download_drivers((wanted,), names, site.fleet, said.append)
+    (closure,) = download_drivers((wanted,), {"vendor": names}, site.fleet, said.append)
     assert not [deb for deb in closure.debs if "fabricmanager" in deb.name]
     assert [event.message for event in said if isinstance(event, Note) and "580.126.09" in event.message] == [
         "the sources in sources.d have no nvidia-imex 580.126.09: no bundled fabric manager for boards with NVSwitches"]
@@ -386,9 +487,9 @@ def test_files_whose_names_differ_by_a_character_are_two_sources(site: Site) -> 
 
 def test_a_source_whose_file_is_renamed_leaves_nothing_behind(site: Site) -> None:
     wanted = WantedDriver("580.126.09", ("open",), ("gpu-1",), ())
-    assert download_drivers((wanted,), NAMES, site.fleet, discard)
+    assert download_drivers((wanted,), ALL_NAMES, site.fleet, discard)
     (site.fleet / "sources.d/nvidia.sources").rename(site.fleet / "sources.d/vendor.sources")
-    assert download_drivers((wanted,), NAMES, site.fleet, discard)
+    assert download_drivers((wanted,), ALL_NAMES, site.fleet, discard)
 
 
 @pytest.mark.parametrize(("uris", "told"), [

@@ -360,7 +360,23 @@ class TestLayers:
                               input=(FILES / "driver_layers.py").read_text(), env={"PATH": "/nowhere"})
         wrong = json.loads(done.stdout)["wrong"]
         assert "the library is not there where 580.126.09 is wanted" in wrong
-        assert wrong[-1] == "nvidia-smi says: nothing"
+        assert wrong[-1] == "no GPU answers; nvidia-smi says: nothing"
+
+    def test_a_library_that_has_no_gpu_to_ask_is_known_by_its_file(self, tmp_path: Path) -> None:
+        """Debian's links go by way of /etc/alternatives; nvidia-smi of 535 says this and 9 without a module."""
+        (tmp_path / "libnvidia-ml.so.535.309.01").touch()
+        (tmp_path / "libnvidia-ml.so.1").symlink_to("libnvidia-ml.so.535.309.01")
+        says = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho \"{says}\"\nexit 9\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        text = (FILES / "driver_layers.py").read_text().replace("/usr/lib/x86_64-linux-gnu/", f"{tmp_path}/")
+        wanted = {"version": "535.309.01", "fabric_manager": False, "gpu_uuids": ["GPU-a"]}
+        done = subprocess.run([sys.executable, "-", json.dumps(wanted)], text=True, capture_output=True, check=True,
+                              input=text, env={"PATH": str(tmp_path)})
+        assert json.loads(done.stdout)["wrong"] == [
+            "the module in the kernel is not there where 535.309.01 is wanted",
+            "the module on disk is not there where 535.309.01 is wanted",
+            f"the driver 535.309.01 is installed, and no GPU answers; nvidia-smi says: {says}"]
 
 
 def test_unattended_upgrades_are_kept_away() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -109,12 +110,13 @@ def machine(role: Path) -> Path:
         if path.is_file():
             text = path.read_text()
             for place in ("/etc/opsctl/driver.json", "/usr/local/lib/opsctl", "/etc/apt/apt.conf.d",
-                          "/var/lib/opsctl", "/proc/sys/kernel/random/boot_id"):
+                          "/etc/apt/preferences.d", "/var/lib/opsctl", "/proc/sys/kernel/random/boot_id"):
                 text = text.replace(place, f"{role}/host{place}")
             path.write_text(text.replace("/proc/driver/nvidia/version", f"{role}/loaded")
                             .replace("/run/opsctl-driver.stopped", f"{role}/stopped")
                             .replace("    owner: root\n    group: root\n", ""))
-    for place in ("etc/opsctl", "usr/local/lib", "etc/apt/apt.conf.d", "proc/sys/kernel/random"):
+    for place in ("etc/opsctl", "usr/local/lib", "etc/apt/apt.conf.d", "etc/apt/preferences.d",
+                  "proc/sys/kernel/random"):
         (role / "host" / place).mkdir(parents=True)
     (role / BOOT_ID).write_text("first\n")
     # The services' own tasks are base's, and tested there.
@@ -196,3 +198,38 @@ def test_a_first_driver_that_was_cut_off_before_its_reboot_gets_it(machine: Path
     rebooted = play(machine, "main")
     assert rebooted.returncode == 2
     assert "here: the module in the kernel is not there where 580.126.09 is wanted" in rebooted.stdout
+
+
+def test_debians_own_driver_where_no_gpu_answers(machine: Path) -> None:
+    """Debian's own names, preferences in the place of a pin, and the truth about a module that is not there."""
+    shutil.rmtree(machine / "pci")
+    pci(machine / "pci", "0000:1a:00.0", "0x10de", "0x030200", "0x1db1")
+    shutil.copy(Path(__file__).parent / "fixtures/driver/debian12-packages.txt",
+                machine / "apt/dists/s/main/binary-amd64/Packages")
+    (machine / "bin/nvidia-modprobe").write_text("#!/bin/sh\nexit 1\n")
+    (machine / "bin/modinfo").write_text("#!/bin/sh\ncase \"$*\" in *-current) echo 535.309.01;; *) exit 1;; esac\n")
+    (machine / "bin/nvidia-smi").write_text(
+        "#!/bin/sh\necho \"NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\"; exit 9\n")
+    given = ["--extra-vars", json.dumps({"nvidia_driver_source": "debian", "nvidia_driver_version": "535.309.01"})]
+    preferences = machine / "host/etc/apt/preferences.d/opsctl-nvidia"
+    done = play(machine, "main", *given)
+    assert "reboot that machine by hand" in done.stdout, done.stdout + done.stderr
+    asked = [line for line in (machine / "log").read_text().splitlines() if line.startswith("apt-get -y")]
+    assert len(asked) == 1, "no transaction for a pin"
+    assert " libcuda1=535.309.01-0+deb12u1 " in asked[0]
+    assert " nvidia-persistenced=535.171.04-1~deb12u1" in asked[0]
+    text = preferences.read_text()
+    assert re.match("Explanation: .+\nExplanation: .+\nPackage: .*libcuda1.*\nPin: version 535.309.01-0", text), text
+    record = json.loads((machine / "host/etc/opsctl/driver.json").read_text())
+    assert (record["pin"], record["flavour"]) == ("", "proprietary")
+    (machine / "settled").write_text("".join(f"{name}\t{version}\thold\tinstalled\n"
+                                             for name, version in record["packages"].items()))
+    (machine / BOOT_ID).write_text("second\n")
+    rebooted = play(machine, "main", *given)
+    assert rebooted.returncode == 2
+    assert "here: the module in the kernel is not there where 535.309.01 is wanted" in rebooted.stdout
+    assert "no GPU answers; nvidia-smi says: NVIDIA-SMI has failed" in rebooted.stdout
+    assert "the module on disk" not in rebooted.stdout
+    (machine / "apt/dists/s/main/binary-amd64/Packages").write_text(INDEX.replace("-open-", "-"))
+    play(machine, "main")
+    assert not preferences.exists(), "the vendor's pinning package does it"

@@ -53,6 +53,10 @@ class Played:
         return SimpleNamespace(rc=0, stdout=self.packages if argv[0] == "dpkg-query" else json.dumps(self.layers))
 
 
+def test_a_driver_that_preferences_pin(tests: ModuleType) -> None:
+    tests.test_holds(Played(record={**RECORD, "pin": ""}, packages=HELD.splitlines(keepends=True)[1]))
+
+
 def with_uuids(*uuids: str) -> dict[str, Any]:
     return {"nvidia_driver_version": "580.126.09", "gpu_uuids": list(uuids)}
 
@@ -72,6 +76,8 @@ def test_a_host_without_a_driver_of_ours_is_left_alone(tests: ModuleType, name: 
 @pytest.mark.parametrize(("name", "played", "expected", "found"), [
     ("test_layers", Played(layers={"wrong": ["the library is 595.71.05"], "gpus": []}),
      "driver 580.126.09 in every layer", "the library is 595.71.05"),
+    ("test_layers", Played(layers={"wrong": ["the driver 580.126.09 is installed, and no GPU answers"], "gpus": []}),
+     "driver 580.126.09 in every layer", "is installed, and no GPU answers"),
     ("test_layers", Played({"nvidia_driver_version": "595.71.05"}), "driver 595.71.05", "580.126.09, of the last"),
     ("test_layers", Played(record=None), "driver 580.126.09", "never given a driver"),
     ("test_holds", Played(packages=HELD.replace("cuda hold", "cuda install")), "on hold", "not so: nvidia-driver-cuda"),

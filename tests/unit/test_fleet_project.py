@@ -156,7 +156,8 @@ def test_filter_gives_playbooks_plain_data_under_real_ansible(workstation: Path)
             {"name": "this.chat.0", "address": "127.0.0.1", "port": 8100, "agent_address": "127.0.0.1",
              "agent_port": 9777, "instance": "chat.0"}]}],
         "gpus": {"this": []}, "drivers": {"this": {
-            "nvidia_driver_version": "", "nvidia_driver_flavour": "", "nvidia_driver_fabric_manager": "auto",
+            "nvidia_driver_version": "", "nvidia_driver_source": "vendor", "nvidia_driver_flavour": "",
+            "nvidia_driver_fabric_manager": "auto",
             "nvidia_driver_own": ["linux-headers-amd64"]}}, "with_gpus": [], "undealt": [],
         "gateway_url": "http://127.0.0.1:8480", "gateway_host": "this", "bundle_port": 8480, "agent_check_port": 9777,
         "package_source": "gateway", "load_balancer": "haproxy",

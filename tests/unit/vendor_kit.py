@@ -96,6 +96,8 @@ class Host:
             if name.startswith("nvidia-driver-pinning"):
                 self.prefer(name, version)
         (self.root / "status").write_text("\n".join(status))
+        for cache in self.root.glob("*pkgcache.bin"):  # apt takes a status of the same second and size for the same
+            cache.unlink()
 
     def prefer(self, name: str, version: str) -> None:
         """Takes the preferences file out of a pin package."""

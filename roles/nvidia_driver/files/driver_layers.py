@@ -18,6 +18,9 @@ from typing import Any
 LOADED = Path("/proc/driver/nvidia/version")
 # A machine of opsctl's lab has no kernel module to ask; its packages write here which one they built.
 LAB_MODULE = Path("/lib/modules/lab/nvidia.version")
+MODULES = ("nvidia", "nvidia-current")  # of NVIDIA's packages, and of Debian's own
+# Asked for its version by its file where nvidia-smi, which needs a GPU to say it, says nothing.
+LIBRARY = Path("/usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1")
 QUERY = ("nvidia-smi", "--query-gpu=driver_version,pci.bus_id,uuid", "--format=csv,noheader")
 ROW = re.compile(r"\s*(?P<version>\d[\d.]+), *(?P<bus>[0-9A-Fa-f:.]+), *(?P<uuid>GPU-\S+)\s*$")
 FABRIC_UNIT = "nvidia-fabricmanager.service"
@@ -36,10 +39,16 @@ def judge(wanted: Mapping[str, Any], layers: Mapping[str, str], uuids: Sequence[
     if not wanted["fabric_manager"] and layers["fabric_manager"]:
         wrong.append("a fabric manager is installed, and there are no NVSwitches for it")
     missing = [uuid for uuid in wanted["gpu_uuids"] if uuid not in uuids]
-    if missing and layers["library"]:
+    if missing and uuids:
         wrong.append(f"{len(missing)} of the {len(wanted['gpu_uuids'])} GPUs in gpu_uuids are missing: "
                      f"{', '.join(missing)}")
     return wrong
+
+
+def silence(version: str, layers: Mapping[str, str], says: str) -> str:
+    """That no GPU answers, and whether there is a driver that they could answer through."""
+    known = f"the driver {version} is installed, and " if layers["library"] == version else ""
+    return f"{known}no GPU answers; nvidia-smi says: {says[:200] or 'nothing'}"
 
 
 def gpus_of(csv: str) -> list[tuple[str, str, str]]:
@@ -69,10 +78,17 @@ def said(argv: Sequence[str]) -> tuple[int, str]:
 
 
 def module_on_disk() -> str:
-    status, version = said(["modinfo", "-k", os.uname().release, "-F", "version", "nvidia"])
-    if status == 0 and version_in(version):
-        return version_in(version)
+    for name in MODULES:
+        status, version = said(["modinfo", "-k", os.uname().release, "-F", "version", name])
+        if status == 0 and version_in(version):
+            return version_in(version)
     return LAB_MODULE.read_text().strip() if LAB_MODULE.exists() else ""
+
+
+def library_on_disk() -> str:
+    """``535.261.03`` of ``libnvidia-ml.so.535.261.03``, which the library's links end at; empty when there is none."""
+    file = LIBRARY.resolve()
+    return version_in(file.name.partition(".so.")[2]) if file.exists() else ""
 
 
 def package_version(name: str) -> str:
@@ -88,14 +104,16 @@ def main() -> None:
     layers = {
         "loaded": version_in(LOADED.read_text()) if LOADED.exists() else "",
         "module": module_on_disk(),
-        "library": gpus[0][0] if gpus else "",
+        "library": gpus[0][0] if gpus else library_on_disk(),
         "library_says": words_in(listed) if status else "",
         "fabric_manager": package_version("nvidia-fabricmanager"),
         "fabric_unit": said(["systemctl", "is-active", FABRIC_UNIT])[1],
     }
     found = [uuid for _, _, uuid in gpus]
     wrong = judge(wanted, layers, found)
-    if status:
+    if not found:
+        wrong.append(silence(wanted["version"], layers, words_in(listed)))
+    elif status:
         wrong.append(f"nvidia-smi says: {words_in(listed)[:200] or 'nothing'}")
     json.dump({"wrong": wrong, "layers": layers, "gpus": found}, sys.stdout)
 
