@@ -144,6 +144,7 @@ def test_the_role_brings_a_driver(machine: Path) -> None:
     assert "libnvidia-" in (machine / "host/etc/apt/apt.conf.d/51opsctl-nvidia").read_text()
 
 
+@pytest.mark.slow
 def test_services_that_a_killed_change_left_stopped_are_started(machine: Path) -> None:
     """Nothing else is to be done there, and a run tells that it changed something."""
     names = ("nvidia-driver-pinning-580.126.09", "nvidia-driver-cuda", "nvidia-modprobe", "nvidia-persistenced",
@@ -200,6 +201,7 @@ def test_a_first_driver_that_was_cut_off_before_its_reboot_gets_it(machine: Path
     assert "here: the module in the kernel is not there where 580.126.09 is wanted" in rebooted.stdout
 
 
+@pytest.mark.slow
 def test_debians_own_driver_where_no_gpu_answers(machine: Path) -> None:
     """Debian's own names, preferences in the place of a pin, and the truth about a module that is not there."""
     shutil.rmtree(machine / "pci")

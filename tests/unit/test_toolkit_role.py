@@ -123,6 +123,7 @@ def test_a_toolkit_comes_is_held_and_a_second_run_changes_nothing(machine: Path)
     assert "changed=0" in good(toolkit(machine, "--check"))
 
 
+@pytest.mark.slow
 def test_another_driver_or_gpu_makes_the_specification_anew(machine: Path) -> None:
     good(toolkit(machine))
     (machine / "loaded").write_text(DRIVER.format(version="595.71.05"))
@@ -138,12 +139,14 @@ def test_another_driver_or_gpu_makes_the_specification_anew(machine: Path) -> No
     assert not list((machine / "host/etc/cdi/.opsctl").iterdir())
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_to_come_is_seen_in_check_mode(machine: Path) -> None:
     good(toolkit(machine))
     told = good(toolkit(machine, "--check", driver="595.71.05"))
     assert "is of driver 580.126.09, and the host has 595.71.05" in told
 
 
+@pytest.mark.slow
 def test_down_again(machine: Path) -> None:
     good(toolkit(machine))
     told = good(toolkit(machine, "--check", version="1.18.2"))
