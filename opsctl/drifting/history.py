@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, TypeVar
 
+T = TypeVar("T")
 By = Literal["apt", "unattended-upgrade", "dpkg", "opsctl", "a hand"]
 TIME = "%Y-%m-%d %H:%M:%S"
 LISTS = ("Install", "Reinstall", "Upgrade", "Downgrade", "Remove", "Purge")
@@ -89,8 +90,10 @@ class Transaction:
         if not self.began <= logged.when <= (self.ended or _later(self.began, CUT_S)):
             return False
         gone = ("remove", "purge")
-        return any(change.name == logged.name and (change.act in gone if logged.act in gone
-                   else logged.new.startswith(change.new)) for change in self.changes)
+        cut = not self.ended  # the last version of such a log may be half of one
+        return any(change.name == logged.name and (
+            change.act in gone if logged.act in gone
+            else logged.new == change.new or (cut and logged.new.startswith(change.new))) for change in self.changes)
 
 
 @dataclass(frozen=True)
@@ -117,17 +120,17 @@ class History:
 
     def last(self, package: str) -> Culprit | None:
         """Who changed it last; None where no log that is kept tells."""
-        logged = max((one for one in self.logged if one.name == package), key=lambda one: one.when, default=None)
+        logged = _latest([one for one in self.logged if one.name == package], lambda one: one.when)
         asked = [one for one in self.transactions if any(change.name == package for change in one.changes)]
         covering = [one for one in asked if logged and one.covers(logged)]
-        newest = max(asked, key=lambda one: one.began, default=None)
+        newest = _latest(asked, lambda one: one.began)
         # One that failed may never have come to this package; else it is dpkg's log that ends too early.
         later = newest and logged and newest.began > logged.when and not newest.error
         if logged and not covering and not later:
             typed = self.before(logged.when, r"\bdpkg\b|\.deb\b")
             return Culprit(logged.when, "dpkg", logged.act, logged.old, logged.new,
                            typed.command if typed else "", typed.user if typed else "")
-        transaction = newest if later else max(covering, key=lambda one: one.began, default=newest)
+        transaction = newest if later else _latest(covering, lambda one: one.began) or newest
         if transaction is None:
             return None
         change = next(one for one in reversed(transaction.changes) if one.name == package)
@@ -167,6 +170,11 @@ def read_history(apt: str, dpkg: str, typed: str = "") -> History:
     Entries that cannot be read are passed over: logs are cut, rotated and written to by others.
     """
     return History(tuple(transactions(apt)), tuple(logged(dpkg)), tuple(typed_in(typed)))
+
+
+def _latest(found: Sequence[T], when: Callable[[T], str]) -> T | None:
+    """The last one, by its second; of several in one second the one that was written last."""
+    return max(reversed(found), key=when, default=None)
 
 
 def transactions(text: str) -> list[Transaction]:
