@@ -25,6 +25,7 @@ from opsctl.errors import LockedError, OpsctlError, PausedError
 from opsctl.fleet.model import Fleet
 from opsctl.fleet.placements import place
 from opsctl.releases.balancers import balancers
+from opsctl.releases.plan import Unheard
 from opsctl.releases.remote import ask
 from opsctl.releases.rotation import LOST, AdriftError
 from opsctl.resources import resource
@@ -96,7 +97,7 @@ class _Conductor:
 
     def run(self, upgrade: Upgrade) -> Driven:
         while True:
-            decision = upgrades.decide(upgrade, self._serving())
+            decision = upgrades.decide(upgrade, *self._serving())
             if isinstance(decision, End):
                 return Driven(upgrade, decision, self._timings)
             self._settings.about_to()
@@ -118,8 +119,8 @@ class _Conductor:
         canary = " (canary)" if wave == first and last > wave else ""
         self._emit(PhaseStarted(f"Wave {wave} of {last}: {who}{canary}", tuple(step.host for step in steps)))
 
-    def _serving(self) -> dict[str, frozenset[str]]:
-        """What does not answer serves nobody, as far as we know."""
+    def _serving(self) -> tuple[dict[str, frozenset[str]], Unheard]:
+        """Who gets requests now, by service, and what did not answer."""
         placements = place(self._fleet)
         names = {placement.host for placement in placements}
         states = on_each(self._fleet, [host for host in self._fleet.hosts if host.name in names],
@@ -129,10 +130,12 @@ class _Conductor:
             rotating = lb.rotating([f"{one.host}.{one.instance}" for one in placements])
         except PausedError as error:
             self._emit(Note(error.message, "warning"))
-            return {}
+            return {}, Unheard(why=error.message)
         finally:
             lb.close()
-        return serving_now(placements, states, rotating)
+        silent = frozenset(f"{one.host}.{one.instance}" for one in placements
+                           if isinstance(states.get(one.host), OpsctlError))
+        return serving_now(placements, states, rotating), Unheard(silent)
 
     def _batch(self, steps: Sequence[Step]) -> Ended:
         """Every host to an end."""
@@ -180,7 +183,9 @@ class _Conductor:
         if not hosts:
             return {}
         self._settings.about_to()
-        outcome = play(self._tools, list(hosts), ["change"], self._emit)
+        outcome = self._play(hosts, "change", {}, ended)
+        if outcome is None:
+            return {}
         failed: dict[str, OpsctlError | None] = {}
         for name, host in hosts.items():
             mine = [failure for failure in outcome.failures if failure.host == name]
@@ -200,6 +205,22 @@ class _Conductor:
             else:
                 failed[name] = OpsctlError("driver.failed", sentence(last), log_tail=last.detail)
         return failed
+
+    def _play(self, hosts: Mapping[str, HostAtWork], what: str, why: Mapping[str, OpsctlError | None], ended: Ended
+              ) -> PlaybookOutcome | None:
+        """None where Ansible did not begin or did not end: the hosts are held and stopped, and adrift."""
+        try:
+            return play(self._tools, list(hosts), [what], self._emit)
+        except OpsctlError as error:
+            if error.code in LOST:
+                raise
+            for name in hosts:
+                first = why.get(name)
+                before = f"{first.message.rstrip('.')}; and then: " if first else ""
+                ended[name] = (State.ADRIFT, AdriftError(
+                    error.code, f"{name} is drained and stopped, and {before or 'then: '}{error.message}",
+                    hint=error.hint, log_tail=error.log_tail))
+            return None
 
     def _reboots(self, host: HostAtWork, *, back: bool = False) -> bool:
         """Whether all that this machine lacks is a boot, which is ordered then: nobody else could go on after it."""
@@ -223,7 +244,9 @@ class _Conductor:
             error = why[name]
             self._emit(Note(f"goes back to its old driver{f': {error.message}' if error else ''}", "warning", name))
         self._settings.about_to()
-        outcome = play(self._tools, list(hosts), ["back"], self._emit)
+        outcome = self._play(hosts, "back", why, ended)
+        if outcome is None:
+            return
         for failure in outcome.failures:
             state = State.ADRIFT if failure.unreachable else State.BROKEN
             ended[failure.host] = (state, _broken(why.get(failure.host), sentence(failure), failure.detail))
@@ -240,12 +263,15 @@ class _Conductor:
 
     def _serve(self, hosts: Mapping[str, HostAtWork], state: State, why: Mapping[str, OpsctlError | None],
                ended: Ended) -> None:
-        """Back into rotation. Where a load balancer does not see it, the host serves all the same, and it is paused."""
+        """Back into rotation. Where a load balancer does not see it, the host is well all the same: it is unseen."""
         reasons = {name: why.get(name) or _went_back(host) for name, host in hosts.items()} \
             if state is State.BACK else {}
         phase = "back" if state is State.BACK else "accepted"
         for name, error in self._each(hosts, lambda host: host.serve(phase)).items():
-            ended[name] = (state, reasons.get(name)) if error is None else (State.PAUSED, error)
+            if error is None:
+                ended[name] = (state, reasons.get(name))
+            else:
+                ended[name] = (State.UNSEEN if error.code == "rotation.missing" else State.ADRIFT, error)
 
     def _each(self, hosts: Mapping[str, HostAtWork], act: Callable[[HostAtWork], Any]
               ) -> dict[str, OpsctlError | None]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from opsctl.errors import OpsctlError, RefusedError
 from opsctl.fleet.gpus import BUNDLE_VERSIONS, VERSION
 from opsctl.fleet.model import Host, Placement, Service
-from opsctl.releases.plan import left_by_runs, serves, split
+from opsctl.releases.plan import ALL_HEARD, Unheard, left_by_runs, serves, split
 
 # ``finish``: a boot of its own brought it to an end, which is to be told; ``back``: it is on its way back.
 Action = Literal["change", "finish", "back", "nothing"]
@@ -128,12 +128,13 @@ def in_waves(steps: Sequence[Step], waves: str) -> list[list[Step]]:
     return [*([idle] if idle else []), *others, *local]
 
 
-def room(steps: Sequence[Step], services: Sequence[Service], serving: Mapping[str, Collection[str]]) -> list[Step]:
+def room(steps: Sequence[Step], services: Sequence[Service], serving: Mapping[str, Collection[str]],
+         unheard: Unheard = ALL_HEARD) -> list[Step]:
     """Those of ``steps`` that may be away together, in their order: every service keeps ``min_serving``."""
     left = {service.name: len(serving.get(service.name, ())) - service.min_serving for service in services}
     found = []
     for step in steps:
-        costs = cost(step, serving)
+        costs = cost(step, serving, unheard)
         if all(count <= left.get(service, 0) for service, count in costs.items()):
             found.append(step)
             for service, count in costs.items():
@@ -141,11 +142,15 @@ def room(steps: Sequence[Step], services: Sequence[Service], serving: Mapping[st
     return found
 
 
-def cost(step: Step, serving: Mapping[str, Collection[str]]) -> dict[str, int]:
-    """By service, how many of those that serve now go with a host; none with one that is only told of."""
+def cost(step: Step, serving: Mapping[str, Collection[str]], unheard: Unheard = ALL_HEARD) -> dict[str, int]:
+    """By service, how many of those that serve now go with a host; none with one that is only told of.
+
+    One that served when this was planned and is not heard now may serve still.
+    """
     if step.action == "finish":
         return {}
-    mine = [(instance.service, instance.name in serving.get(instance.service, ())) for instance in step.instances]
+    mine = [(instance.service, instance.name in serving.get(instance.service, ())
+             or (instance.serving and instance.name in unheard.names)) for instance in step.instances]
     return {service: count for service in dict(mine) if (count := mine.count((service, True)))}
 
 

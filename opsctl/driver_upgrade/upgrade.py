@@ -14,22 +14,25 @@ from enum import StrEnum
 from opsctl.driver_upgrade.plan import Plan, Step, room
 from opsctl.errors import ExitCode, MixedError, OpsctlError, PausedError, RolledBackError
 from opsctl.fleet.model import Service
+from opsctl.releases.plan import ALL_HEARD, Unheard
 
 
 class State(StrEnum):
     """``back``: it failed, and the old driver serves. ``broken``: it could not be brought back. ``paused``: it was not
-    touched, or serves and is not seen to. ``adrift``: under way, and not heard of. ``rebooting``: this machine."""
+    touched. ``unseen``: it was brought to its end, and a load balancer sends it nothing. ``adrift``: under way, and not
+    heard of. ``rebooting``: this machine."""
 
     WAITING = "waiting"
     CHANGED = "changed"
     BACK = "back"
     BROKEN = "broken"
     PAUSED = "paused"
+    UNSEEN = "unseen"
     ADRIFT = "adrift"
     REBOOTING = "rebooting"
 
 
-STOPPING = frozenset({State.BACK, State.BROKEN, State.PAUSED, State.ADRIFT, State.REBOOTING})
+STOPPING = frozenset({State.BACK, State.BROKEN, State.PAUSED, State.UNSEEN, State.ADRIFT, State.REBOOTING})
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,14 @@ def after(upgrade: Upgrade, host: str, state: State, error: OpsctlError | None =
         replace(move, state=state, error=error) if move.step.host == host else move for move in upgrade.moves))
 
 
-def decide(upgrade: Upgrade, serving: Mapping[str, Collection[str]]) -> Begin | End:
-    """The next thing. ``serving``: by service the names of all its instances that get requests now."""
+def decide(upgrade: Upgrade, serving: Mapping[str, Collection[str]], unheard: Unheard = ALL_HEARD) -> Begin | End:
+    """The next thing. ``serving``: by service the names of all its instances that get requests now.
+
+    What is ``unheard`` is not free, and nothing begins without a word of the load balancers.
+    """
     states = {move.state for move in upgrade.moves}
     if states & STOPPING:
-        if State.BROKEN in states or (State.BACK in states and State.ADRIFT in states):
+        if State.BROKEN in states or (State.BACK in states and states & {State.ADRIFT, State.UNSEEN}):
             return End(ExitCode.MIXED)
         return End(ExitCode.ROLLED_BACK if State.BACK in states else ExitCode.PAUSED)
     waiting = [move.step for move in upgrade.moves if move.state is State.WAITING]
@@ -83,14 +89,14 @@ def decide(upgrade: Upgrade, serving: Mapping[str, Collection[str]]) -> Begin | 
         return End(ExitCode.DONE)
     wave = min(step.wave for step in waiting)
     steps = [step for step in waiting if step.wave == wave]
-    free = room(steps, upgrade.services, serving)
+    free = [] if unheard.why else room(steps, upgrade.services, serving, unheard)
     if free:
         return Begin(tuple(free))
-    if upgrade.allow_outage:
+    if upgrade.allow_outage and not unheard.why:
         return Begin(tuple(steps[:1]))
     counts = ", ".join(f"{len(serving.get(service.name, ()))} of {service.name} serve now and min_serving is "
                        f"{service.min_serving}" for service in upgrade.services)
-    return End(ExitCode.PAUSED, f"{counts}: {steps[0].host} cannot be spared")
+    return End(ExitCode.PAUSED, f"{unheard.why.rstrip('.') or counts}: {steps[0].host} cannot be spared")
 
 
 def failure(upgrade: Upgrade, end: End, run: str) -> OpsctlError | None:
@@ -99,11 +105,13 @@ def failure(upgrade: Upgrade, end: End, run: str) -> OpsctlError | None:
     if code is ExitCode.DONE:
         return None
     by = {state: [move for move in upgrade.moves if move.state is state] for state in State}
-    first = next((move.error for state in (State.BROKEN, State.BACK, State.ADRIFT, State.PAUSED, State.REBOOTING)
+    first = next((move.error for state in (State.BROKEN, State.BACK, State.ADRIFT, State.UNSEEN, State.PAUSED,
+                                                State.REBOOTING)
                   for move in by[state] if move.error), None)
     why = (first.message if first else end.reason).rstrip(".")
     words = {State.CHANGED: f"on {upgrade.to}", State.BACK: "back on the old driver and serving",
              State.BROKEN: "does not serve, and stays drained", State.ADRIFT: "not known, and stays drained",
+             State.UNSEEN: "well, but no load balancer is seen to send to it",
              State.REBOOTING: "reboots", State.WAITING: "not touched", State.PAUSED: "not changed"}
     where = "; ".join(f"{words[state]}: {', '.join(move.step.host for move in by[state])}"
                       for state in words if by[state])

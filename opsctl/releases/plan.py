@@ -114,6 +114,20 @@ class Plan:
         return sum(known) if known and len(known) == len(moving) else None
 
 
+@dataclass(frozen=True)
+class Unheard:
+    """What is not known of who serves now, which is no word that it does not.
+
+    ``names``: instances of hosts that did not answer; ``why``: set when a load balancer did not, so nobody is known.
+    """
+
+    names: frozenset[str] = frozenset()
+    why: str = ""
+
+
+ALL_HEARD = Unheard()
+
+
 def serves(instance: Mapping[str, Any]) -> bool:
     """Whether an instance (of ``opsctl-host state``) gets requests now: healthy, not drained, its gate passed."""
     return (instance["unit"] == "active" and instance["health"] == "healthy" and int(instance.get("weight", 100)) > 0

@@ -33,7 +33,7 @@ from opsctl.fleet.placements import place
 from opsctl.releases import rollout as rollouts
 from opsctl.releases import rotation as rotation_of
 from opsctl.releases.balancers import balancers
-from opsctl.releases.plan import Step, serves
+from opsctl.releases.plan import Step, Unheard, serves
 from opsctl.releases.remote import ask
 from opsctl.releases.rollout import Begin, End, Rollout, State
 from opsctl.releases.rotation import LOST, AdriftError, Rotation, Ways
@@ -104,7 +104,7 @@ class _Conductor:
     def run(self, rollout: Rollout) -> Rolled:
         try:
             while True:
-                decision = rollouts.decide(rollout, self._serving())
+                decision = rollouts.decide(rollout, *self._serving())
                 if isinstance(decision, End):
                     return Rolled(rollout, decision, self._timings)
                 if isinstance(decision, Begin):
@@ -119,28 +119,31 @@ class _Conductor:
             self._farewell()
             raise
 
-    def _serving(self) -> frozenset[str]:
+    def _serving(self) -> tuple[frozenset[str], Unheard]:
         """Names of the instances that get requests now: well by their own word, and sent to by every load balancer.
 
-        What does not answer serves nobody, as far as we know.
+        And what did not answer.
         """
         hosts = [host for host in self._fleet.hosts if self._service.group in host.groups]
         states = on_each(self._fleet, hosts,
                          lambda session: ask(session, ["state", "--json"], host=session.host.name))
-        found = set()
+        found, silent = set(), set()
         for placement in place(self._fleet):
             state = states.get(placement.host)
-            if placement.service != self._service.name or state is None or isinstance(state, OpsctlError):
+            if placement.service != self._service.name:
+                continue
+            if state is None or isinstance(state, OpsctlError):
+                silent.add(f"{placement.host}.{placement.instance}")
                 continue
             for instance in state["instances"]:
                 if instance["instance"] == placement.instance and serves(instance):
                     found.add(f"{placement.host}.{placement.instance}")
         lb = balancers(self._fleet, self._settings.without)
         try:
-            return lb.rotating(found)
+            return lb.rotating(found), Unheard(frozenset(silent))
         except PausedError as error:
             self._emit(Note(error.message, "warning"))
-            return frozenset()
+            return frozenset(), Unheard(frozenset(silent), error.message)
         finally:
             lb.close()
 

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Literal
 
 from opsctl.errors import ExitCode, OpsctlError
-from opsctl.releases.plan import Plan, Step
+from opsctl.releases.plan import ALL_HEARD, Plan, Step, Unheard
 
 OnFailure = Literal["revert", "stop"]
 
@@ -102,12 +102,16 @@ def after(rollout: Rollout, name: str, state: State, error: OpsctlError | None =
         replace(move, state=state, error=error) if move.step.name == name else move for move in rollout.moves))
 
 
-def decide(rollout: Rollout, serving: Set[str]) -> Decision:
-    """The next thing. ``serving``: names of all instances of the service that get requests now."""
+def decide(rollout: Rollout, serving: Set[str], unheard: Unheard = ALL_HEARD) -> Decision:
+    """The next thing. ``serving``: names of all instances of the service that get requests now.
+
+    What is ``unheard`` is not free: an instance that served costs what it did, and nothing begins without a word of
+    the load balancers.
+    """
     moves = rollout.moves
     working = {move.step.name for move in moves if move.state in WORKING}
     if any(move.state in STOPPING for move in moves):
-        return _stop(rollout, serving, working)
+        return _stop(rollout, serving, working, unheard)
     waiting = [move for move in moves if move.state is State.WAITING]
     if not waiting:
         nobody = moves and all(move.state is State.LEFT for move in moves)
@@ -115,15 +119,18 @@ def decide(rollout: Rollout, serving: Set[str]) -> Decision:
     wave = min(move.step.wave for move in waiting)
     if any(move.state is State.MOVING and move.step.wave < wave for move in moves):
         return Wait()  # a wave begins when the one before has passed its gates
-    steps = _affordable(rollout, [move.step for move in waiting if move.step.wave == wave], serving, working)
+    served = {move.step.name for move in waiting if move.step.serving}
+    steps = () if unheard.why else _affordable(
+        rollout, [move.step for move in waiting if move.step.wave == wave], serving, working, unheard.names & served)
     if steps:
         return Begin(steps)
     if working:
         return Wait()
-    return End(ExitCode.PAUSED, f"{_counts(rollout, serving)}: {waiting[0].step.name} cannot be spared")
+    why = unheard.why.rstrip(".") or _counts(rollout, serving)
+    return End(ExitCode.PAUSED, f"{why}: {waiting[0].step.name} cannot be spared")
 
 
-def _stop(rollout: Rollout, serving: Set[str], working: Set[str]) -> Decision:
+def _stop(rollout: Rollout, serving: Set[str], working: Set[str], unheard: Unheard) -> Decision:
     """Something went wrong: nothing new is moved; what is under way ends; then what was moved goes back."""
     moves = rollout.moves
     if any(move.state is State.MOVING for move in moves):
@@ -133,13 +140,15 @@ def _stop(rollout: Rollout, serving: Set[str], working: Set[str]) -> Decision:
     ahead = [move.step for move in moves if move.state is State.MOVED]
     returnable = [step for step in reversed(ahead) if step.back] if rollout.on_failure == "revert" else []
     room = width(rollout) - len(working)  # not all at once, however large the budget: who stays takes all the load
-    steps = _affordable(rollout, returnable, serving, working)[:max(0, room)]
+    steps = () if unheard.why else \
+        _affordable(rollout, returnable, serving, working, unheard.names)[:max(0, room)]
     if steps:
         return Begin(steps, back=True)
     if working:
         return Wait()
     if returnable:
-        return End(ExitCode.MIXED, f"{_counts(rollout, serving)}: {returnable[0].name} cannot be spared to go back")
+        why = unheard.why.rstrip(".") or _counts(rollout, serving)
+        return End(ExitCode.MIXED, f"{why}: {returnable[0].name} cannot be spared to go back")
     mixed = ahead or any(move.state in (State.BROKEN, State.STUCK, State.ADRIFT) for move in moves)
     return End(ExitCode.MIXED if mixed else ExitCode.ROLLED_BACK)
 
@@ -154,12 +163,13 @@ def _counts(rollout: Rollout, serving: Set[str]) -> str:
     return f"{len(serving)} serve now and min_serving is {rollout.min_serving}"
 
 
-def _affordable(rollout: Rollout, steps: list[Step], serving: Set[str], working: Set[str]) -> tuple[Step, ...]:
-    """As many of ``steps`` as the budget allows. One that serves nobody costs nothing."""
+def _affordable(rollout: Rollout, steps: list[Step], serving: Set[str], working: Set[str], perhaps: Set[str]
+                ) -> tuple[Step, ...]:
+    """As many of ``steps`` as the budget allows. One that serves nobody costs nothing, unless it ``perhaps`` does."""
     left = len(serving - working) - rollout.min_serving
     found: list[Step] = []
     for step in steps:
-        cost = 1 if step.name in serving else 0
+        cost = 1 if step.name in serving or step.name in perhaps else 0
         if cost <= left or cost == 0:
             found.append(step)
             left -= cost

@@ -17,10 +17,11 @@ from opsctl.driver_upgrade.upgrade import Begin, End, Move, State, Upgrade, afte
 from opsctl.driver_upgrade.verb import check_version, with_driver
 from opsctl.engines.ansible import Failure, PlaybookOutcome
 from opsctl.engines.events import discard
-from opsctl.errors import ExitCode, LockedError, OpsctlError, PausedError, RefusedError, UsageError
+from opsctl.errors import ConfigurationError, ExitCode, LockedError, OpsctlError, PausedError, RefusedError, UsageError
 from opsctl.fleet.hosts import place_of
 from opsctl.fleet.model import Fleet, Host, Placement, Service
 from opsctl.fleet.placements import place
+from opsctl.releases.plan import ALL_HEARD, Unheard
 from opsctl.releases.rotation import AdriftError
 
 OLD, NEW = "580.126.09", "595.71.05"
@@ -191,6 +192,22 @@ class TestUpgrade:
         assert "gpu-1 cannot be spared" in end.reason
         assert decide(upgrade([step(1, 1)], allow_outage=True), serving([step(1, 1)])) == Begin((step(1, 1),))
 
+    def test_who_was_not_heard_is_not_free(self) -> None:
+        steps = (step(1, 1), step(2, 1), step(3, 1))
+        unheard = Unheard(frozenset({"gpu-1.chat.0"}))
+        assert decide(upgrade(steps), serving(steps, 1), unheard) == Begin((steps[0],))
+        assert decide(upgrade(steps), serving(steps, 1)) == Begin(steps[:2])  # it was heard to be down
+
+    def test_a_load_balancer_that_is_not_heard_begins_nothing(self) -> None:
+        blind = Unheard(why="the load balancer on ops-1 does not answer")
+        end = decide(upgrade(THREE), {}, blind)
+        assert isinstance(end, End)
+        assert end.exit_code is ExitCode.PAUSED
+        error = failure(upgrade(THREE), end, "R1")
+        assert error is not None
+        assert "ops-1 does not answer" in error.message
+        assert decide(upgrade(THREE, *[State.CHANGED] * 3), {}, blind) == End(ExitCode.DONE)
+
     @pytest.mark.parametrize(("states", "exit_code", "words"), [
         ((State.CHANGED, State.BACK), 6, ("on 595.71.05: gpu-1", "back on the old driver and serving: gpu-2",
                                           "not touched: gpu-3")),
@@ -198,6 +215,8 @@ class TestUpgrade:
         ((State.CHANGED, State.BACK, State.BROKEN), 7, ()),
         ((State.CHANGED, State.BACK, State.ADRIFT), 7, ()),
         ((State.CHANGED, State.BACK, State.PAUSED), 6, ("not changed: gpu-3",)),
+        ((State.CHANGED, State.BACK, State.UNSEEN), 7, ("no load balancer is seen to send to it: gpu-3",)),
+        ((State.UNSEEN,), 8, ("no load balancer is seen to send to it: gpu-1",)),
         ((State.PAUSED,), 8, ("not changed: gpu-1", "not touched: gpu-2, gpu-3")),
         ((State.CHANGED, State.CHANGED, State.REBOOTING), 8, ("reboots: gpu-3",)),
         ((State.CHANGED, State.ADRIFT), 8, ("not known, and stays drained: gpu-2",))])
@@ -255,6 +274,8 @@ class PlayedHosts:
 
         def play(_: Any, hosts: list[str], steps: list[str], __: Any) -> PlaybookOutcome:
             self.acts.append(f"{steps[0]} {' '.join(hosts)}")
+            if error := goes_wrong.get(("play", steps[0])):
+                raise error
             failures = [found for name in hosts if (found := goes_wrong.get((name, steps[0])))]
             return PlaybookOutcome(failures=failures, exit_code=2 if failures else 0,
                                    stats={name: {"failures": 0} for name in hosts})
@@ -276,7 +297,7 @@ def failed(name: str, **more: Any) -> Failure:
 def driven(monkeypatch: pytest.MonkeyPatch, goes_wrong: dict[tuple[str, str], Any], steps: Sequence[Step] = THREE,
            run: Callable[..., Any] = driving.drive) -> tuple[list[str], End, Upgrade]:
     played = PlayedHosts(monkeypatch, goes_wrong)
-    monkeypatch.setattr(driving._Conductor, "_serving", lambda _: serving(steps))
+    monkeypatch.setattr(driving._Conductor, "_serving", lambda _: (serving(steps), ALL_HEARD))
     fleet = Fleet(Path(), Path("inventory.ini"), tuple(host(number) for number in (1, 2, 3)), (CHAT,))
     found = run(driving.Tools(fleet, Path(), Path()), upgrade(list(steps)), Settings("R1", NEW), discard)
     return played.acts, found.end, found.upgrade
@@ -309,7 +330,8 @@ class TestDrive:
         ({("gpu-1", "empty"): AdriftError("host.timed_out", "gone")}, ["adrift", "waiting", "waiting"], 8),
         ({("gpu-1", "change"): failed("gpu-1", unreachable=True)}, ["adrift", "waiting", "waiting"], 8),
         ({("gpu-1", f"accept {NEW}"): OpsctlError("host.unreachable", "gone")}, ["adrift", "waiting", "waiting"], 8),
-        ({("gpu-1", "serve accepted"): AdriftError("rotation.missing", "nobody")}, ["paused", "waiting", "waiting"], 8),
+        ({("gpu-1", "serve accepted"): AdriftError("rotation.missing", "nobody")}, ["unseen", "waiting", "waiting"], 8),
+        ({("gpu-1", "serve accepted"): OpsctlError("host.unreachable", "gone")}, ["adrift", "waiting", "waiting"], 8),
         ({("gpu-1", "change"): failed("gpu-1"), ("gpu-1", "back"): failed("gpu-1")},
          ["broken", "waiting", "waiting"], 7),
         ({("gpu-1", "change"): failed("gpu-1"), ("gpu-1", f"accept {OLD}"): FailedError("instance.died", "no")},
@@ -347,6 +369,29 @@ class TestDrive:
         done, _, now = driven(monkeypatch, {}, (left,))
         assert done == acts
         assert states_of(now) == [state]
+
+    def test_a_load_balancer_that_is_not_heard_is_not_taken_for_nobody(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Silent:
+            def rotating(self, _: Any) -> frozenset[str]:
+                raise PausedError("balancer.unseen", "the load balancer on ops-1 does not answer")
+
+            def close(self) -> None:
+                pass
+
+        played = PlayedHosts(monkeypatch, {})
+        monkeypatch.setattr(driving, "balancers", lambda *_: Silent())
+        monkeypatch.setattr(driving, "on_each", lambda *_: {})
+        fleet = Fleet(Path(), Path("inventory.ini"), tuple(host(number) for number in (1, 2, 3)), (CHAT,))
+        found = driving.drive(driving.Tools(fleet, Path(), Path()), upgrade(THREE), Settings("R1", NEW), discard)
+        assert (found.end.exit_code, played.acts) == (ExitCode.PAUSED, [])
+
+    def test_ansible_that_does_not_begin_leaves_hosts_adrift(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        broken = ConfigurationError("ansible.no_inventory", "inventory.ini cannot be read")
+        _, end, now = driven(monkeypatch, {("play", "change"): broken})
+        assert (states_of(now), end.exit_code) == (["adrift", "waiting", "waiting"], 8)
+        wrong = {("gpu-1", "change"): failed("gpu-1"), ("play", "back"): broken}
+        _, end, now = driven(monkeypatch, wrong)
+        assert (states_of(now), end.exit_code) == (["adrift", "waiting", "waiting"], 8)
 
     def test_a_lost_lock_ends_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(LockedError):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from opsctl.engines.events import discard
 from opsctl.errors import ExitCode, MixedError, OpsctlError, PausedError, RefusedError, RolledBackError
-from opsctl.releases.plan import Step
-from opsctl.releases.roll import AdriftError, ended
+from opsctl.fleet.model import Fleet, Host, Service
+from opsctl.releases import roll
+from opsctl.releases.plan import Step, Unheard
+from opsctl.releases.roll import AdriftError, Settings, ended
 from opsctl.releases.rollout import Begin, End, Move, Rollout, State, Wait, after, decide
 
 
@@ -69,6 +74,49 @@ def test_an_allowed_outage_goes_one_at_a_time() -> None:
     assert begun(decide(rollout, names(1, 2))) == ["gpu-1"]
     rollout = after(rollout, "gpu-1.chat.0", State.MOVING)
     assert decide(rollout, names(1, 2)) == Wait()
+
+
+def test_who_was_not_heard_is_not_free() -> None:
+    rollout = fleet(1, 1, 1, 1, min_serving=2)
+    assert begun(decide(rollout, names(2, 3, 4), Unheard(names(1)))) == ["gpu-1"]  # it may serve: it is paid for
+    assert begun(decide(rollout, names(2, 3, 4))) == ["gpu-1", "gpu-2"]  # it was heard to be down
+    idle = Rollout((Move(step(1, 1, serving=False)),), 1)
+    assert begun(decide(idle, names(2), Unheard(names(1)))) == ["gpu-1"]  # it served nobody when it was planned
+
+
+def test_a_load_balancer_that_is_not_heard_begins_nothing() -> None:
+    blind = Unheard(why="the load balancer on ops-1 does not answer")
+    rollout = fleet(1, 1, 1)
+    end = decide(rollout, frozenset(), blind)
+    assert isinstance(end, End)
+    assert end.exit_code is ExitCode.PAUSED
+    assert "ops-1 does not answer" in end.reason
+    assert decide(after(rollout, "gpu-1.chat.0", State.MOVING), frozenset(), blind) == Wait()
+    gone = after(after(rollout, "gpu-1.chat.0", State.MOVED), "gpu-2.chat.0", State.FAILED)
+    end = decide(gone, frozenset(), blind)
+    assert isinstance(end, End)
+    assert end.exit_code is ExitCode.MIXED
+    assert "ops-1 does not answer" in end.reason
+
+
+def test_nor_does_the_conductor_take_it_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent:
+        def rotating(self, _: Any) -> frozenset[str]:
+            raise PausedError("balancer.unseen", "the load balancer on ops-1 does not answer")
+
+        def close(self) -> None:
+            pass
+
+    hosts = tuple(Host(f"gpu-{number}", f"10.0.0.{number}", ("gpu",)) for number in (1, 2))
+    service = Service("chat", "gpu", 8100, 8000)
+    served = {"instances": [{"instance": "chat.0", "unit": "active", "weight": 100, "unfinished": False,
+                             "health": "healthy"}]}
+    monkeypatch.setattr(roll, "balancers", lambda *_: Silent())
+    monkeypatch.setattr(roll, "on_each", lambda *_: {host.name: served for host in hosts})
+    rolled = roll.roll(Fleet(Path(), Path("inventory.ini"), hosts, (service,)), service, fleet(1, 1),
+                       Settings("R1", 60, 0), discard)
+    assert rolled.end.exit_code is ExitCode.PAUSED
+    assert {move.state for move in rolled.rollout.moves} == {State.WAITING}
 
 
 def test_without_leave_an_outage_pauses() -> None:
