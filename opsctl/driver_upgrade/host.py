@@ -72,13 +72,18 @@ class HostAtWork:
 
         Raises:
             PausedError: it was given up, and its instances are back in service.
+            AdriftError: the change was under way already, or is now; they stay drained.
         """
         self._emit(TaskStarted(f"to driver {self._settings.to}", self.step.host))
-        begun = False
+        begun = bool(self.step.phase)  # its drains have no lease any more, and it may have half of a driver
         try:
+            if begun:
+                for out in self._rotations:
+                    out.rotation.hold()
             self._drain()
             if self._stop.is_set():
-                raise PausedError("interrupted", f"{self.step.host} was drained; it is back in service.",
+                then = "stays drained" if begun else "is back in service"
+                raise PausedError("interrupted", f"{self.step.host} was drained; it {then}.",
                                   hint="the same command again continues")
             for out in self._rotations:
                 out.rotation.hold()
@@ -87,7 +92,7 @@ class HostAtWork:
                 self.keeper("begin", json.dumps({"run": self._settings.run, "to": self._settings.to, "instances":
                                                  [instance.instance for instance in self.step.takes]}))
             except OpsctlError as error:
-                begun = error.code != SAID_NO  # a host that is not heard may have begun
+                begun = begun or error.code != SAID_NO  # a host that is not heard may have begun
                 raise
             begun = True
             if self.step.local:
@@ -130,13 +135,18 @@ class HostAtWork:
 
         Raises:
             AdriftError: a load balancer sends nothing.
+            OpsctlError: it is not known to be in rotation; the change is not over.
         """
+        self._settings.check()
         self.keeper("mark", phase)
-        self._undrain()
+        for out in self._rotations:
+            out.rotation.end()
         for out in self._rotations:
             out.take_back_dead_runs()
         for out in self._rotations:
             out.rotation.in_rotation(out.claimed, expected=True)
+        self._settings.check()
+        self._check_undrained()
         self.keeper("done")
         out_s = max((timing.out_of_rotation_s or 0.0 for timing in self.timings.values()), default=0.0)
         self._emit(TaskResult(self.step.host, f"driver: {phase}", "changed",
@@ -192,6 +202,16 @@ class HostAtWork:
         units = [f"inference@{instance.instance}.service" for instance in self.step.takes]
         if units:
             self._run(["systemctl", "stop", "--", *units], STOP_TIMEOUT_S)
+
+    def _check_undrained(self) -> None:
+        """Raises PausedError while a drain of this run is left: without the record nobody would know to end it."""
+        if not self._rotations:
+            return
+        mine = {out.rotation.instance: out.rotation.owner for out in self._rotations}
+        for drain in ask(self._session, ["state", "--json"], host=self.step.host).get("drains", ()):
+            if mine.get(drain["instance"]) == drain["owner"]:
+                raise PausedError("driver.still_drained", f"{drain['instance']} on {self.step.host} is still drained "
+                                  f"by {drain['owner']}.")
 
     def _undrain(self) -> None:
         for out in self._rotations:

@@ -109,7 +109,7 @@ class Rotation:
         """Until every load balancer sends nothing more and has nothing open, and the engine says the same.
 
         Raises:
-            PausedError: it was given up, and the instance is back in service.
+            PausedError: it was given up, and the instance is back in service; one that was held before stays drained.
         """
         began = self._clock()
         self.renew()
@@ -134,18 +134,31 @@ class Rotation:
                     self.renew()
                     renewed = now
         except BaseException:
-            self.undrain()
-            self._out_since = None
+            if not self._held:
+                self.undrain()
+                self._out_since = None
             raise
 
     def renew(self) -> None:
-        """The drain, with a lease of ``LEASE_S`` from now on."""
-        self._order("--for-s", f"{LEASE_S:g}")
+        """The drain, with a lease of ``LEASE_S`` from now on; one that is held has none."""
+        self._order(*(() if self._held else ("--for-s", f"{LEASE_S:g}")))
 
     def hold(self) -> None:
         """The drain without an end of its own: over reboots, and when nobody is there to renew it."""
         self._order()
         self._held = True
+
+    def end(self) -> None:
+        """Ends this run's drain and no other.
+
+        Raises:
+            OpsctlError: it may still be there.
+        """
+        self._ways.check()
+        weight = int(self._ask(["undrain", self.instance, "--owner", self.owner])["weight"])
+        self._held = False
+        if self._in_balancers and not (self._hook and weight == 0):
+            self._balancers.undrain(self.name)
 
     def undrain(self) -> None:
         """Ends this run's drain and no other. Best effort: a lease ends by itself, and the first error counts."""
@@ -197,11 +210,11 @@ class Rotation:
     def _patience(self, waited_s: float, sessions: int, sending: Sequence[str], engine: Mapping[str, Any]) -> None:
         """Raises PausedError when it is time to give up: told to stop, not heard, or past the deadline."""
         if self._stop.is_set():
-            raise PausedError("interrupted", f"{self.name} was draining; it is back in service.",
+            raise PausedError("interrupted", f"{self.name} was draining; {self._then()}.",
                               hint="the same command again continues")
         if sending and waited_s > HEARD_S:
             raise PausedError("drain.not_heard", f"{', '.join(sending)} went on sending requests to {self.name} "
-                              f"{waited_s:.0f} s after it was drained; it is back in service.",
+                              f"{waited_s:.0f} s after it was drained; {self._then()}.",
                               hint=f"can the load balancer reach the agent of {self.host} (TCP 9777)? "
                                    "--via-lb drains in HAProxy itself")
         if waited_s > self._ways.drain_timeout_s:
@@ -209,9 +222,12 @@ class Rotation:
             said = f"{running} requests running and {waiting} waiting" if running is not None else "no answer"
             raise PausedError(
                 "drain.deadline", f"{self.name} was not empty after {self._ways.drain_timeout_s:.0f} s: the engine "
-                f"says {said}, the load balancers have {sessions} open; it is back in service.",
+                f"says {said}, the load balancers have {sessions} open; {self._then()}.",
                 hint=f"opsctl status shows it; journalctl -u inference@{self.instance} on {self.host}; drain_timeout_s "
                      "in services.yml or --drain-timeout waits longer")
+
+    def _then(self) -> str:
+        return "it stays drained" if self._held else "it is back in service"
 
     def _drained_by(self) -> str:
         drains = [drain for drain in self._ask(["state", "--json"])["drains"]

@@ -71,6 +71,31 @@ def test_a_drain_that_is_held_has_no_lease() -> None:
     assert "run:R1's until that is resumed" in note.message
 
 
+def test_and_no_renewal_gives_it_one() -> None:
+    """Of a change that goes on: whoever was held stays held, however its draining ends."""
+    host = Played()
+    rotation = host.rotation()
+    rotation.hold()
+    rotation.drain()
+    assert host.orders() == [HELD] * 3
+    host.requests = 99
+    with pytest.raises(PausedError, match="it stays drained"):
+        rotation.drain()
+    assert set(host.orders()) == {HELD}
+
+
+def test_an_end_that_is_wanted_is_not_taken_for_done() -> None:
+    host = Played()
+    rotation = host.rotation()
+    rotation.hold()
+    host.fails["undrain"] = OpsctlError("host.unreachable", "gone")
+    with pytest.raises(OpsctlError, match="gone"):
+        rotation.end()
+    del host.fails["undrain"]
+    rotation.end()
+    assert host.orders()[-1] == "undrain chat.0 --owner run:R1"
+
+
 @pytest.mark.parametrize("why", ["deadline", "stop"])
 def test_who_is_not_empty_in_time_serves_again(why: str) -> None:
     host = Played(requests=99)
