@@ -23,7 +23,9 @@ PACKAGE_LOCKS = ("var/lib/dpkg/lock-frontend", "var/lib/dpkg/lock", "var/lib/apt
 FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, pid
 ANSIBLE = ("AnsiballZ_", "ansible-tmp-")
 UNITS = (".service", ".scope")
-DRIVER = "opsctl-driver"  # the role nvidia_driver starts it, so it has no files among the jobs
+DRIVER = "opsctl-driver"
+# The role nvidia_driver starts the one, a boot in the middle of a change the other: they have no files among the jobs.
+DRIVERS = (DRIVER, f"{DRIVER}-continue")
 JOBS = {"opsctl-stage-": "stage", "opsctl-cutover@": "cutover", DRIVER: "driver"}
 JOB_FILES = (".lock", ".json")
 
@@ -109,7 +111,7 @@ def _packages(paths: Paths, known: Mapping[int, Process], processes: Path) -> li
     """One process may hold all three. That of a driver's change is told with its unit."""
     holders = {pid: None for name in PACKAGE_LOCKS if (pid := holder(paths.root / name)) is not None}
     found = [_of_process("dpkg", pid, known, processes) for pid in holders]
-    return [one for one in found if one["unit"] != f"{DRIVER}.service"]
+    return [one for one in found if one["unit"].removesuffix(".service") not in DRIVERS]
 
 
 def _of_process(what: str, pid: int, known: Mapping[int, Process], processes: Path) -> dict[str, Any]:
@@ -121,6 +123,6 @@ def _of_process(what: str, pid: int, known: Mapping[int, Process], processes: Pa
 
 def _jobs(paths: Paths, run: Run) -> list[dict[str, Any]]:
     names = job_names([path.name for path in paths.jobs.iterdir()] if paths.jobs.is_dir() else [])
-    units = systemd.show([f"{name}.service" for name in sorted({*names, DRIVER})], run)
+    units = systemd.show([f"{name}.service" for name in sorted({*names, *DRIVERS})], run)
     return [{"what": next((what for prefix, what in JOBS.items() if unit.name.startswith(prefix)), "job"),
              "pid": None, "unit": unit.name, "command": unit.description} for unit in units.values() if unit.busy]

@@ -16,7 +16,7 @@ from typing import Any
 
 from opsctl.agent.locks import OWNED_BY_RUN
 from opsctl.driver_upgrade.plan import Instance, Step
-from opsctl.engines.events import Emit, TaskResult, TaskStarted
+from opsctl.engines.events import Emit, Note, TaskResult, TaskStarted
 from opsctl.engines.session import Session
 from opsctl.errors import OpsctlError, PausedError
 from opsctl.fleet.model import Fleet
@@ -116,9 +116,11 @@ class HostAtWork:
             FailedError: one does not.
             OpsctlError: the host is not heard.
         """
-        wrong = self.keeper("verify", version)["wrong"]
-        if wrong:
-            raise FailedError("driver.layers", f"{self.step.host}: {'; '.join(wrong)}.")
+        seen = self.keeper("verify", version)
+        if seen["wrong"]:
+            raise FailedError("driver.layers", f"{self.step.host}: {'; '.join(seen['wrong'])}.")
+        for old in seen.get("told", ()):
+            self._emit(Note(f"{old}; it neither runs nor boots next", "warning", self.step.host))
         for instance in self.step.takes:
             self._emit(TaskStarted(f"{instance.instance}: start on driver {version}", self.step.host))
             self._settings.check()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from opsctl.errors import OpsctlError, RefusedError
-from opsctl.fleet.gpus import BUNDLE_VERSIONS, VERSION
+from opsctl.fleet.gpus import BUNDLE_VERSIONS, SOURCE, VERSION
 from opsctl.fleet.model import Host, Placement, Service
 from opsctl.releases.plan import ALL_HEARD, Unheard, left_by_runs, serves, split
 
@@ -186,6 +186,24 @@ def check_inventory(hosts: Sequence[Host], to: str, places: Mapping[str, str]) -
                 f"{to}: the next provision would undo the change.",
                 hint=f'write {VERSION}="{to}" there and "{wanted}" into {BUNDLE_VERSIONS}, for the way back; or '
                      "--limit leaves the host out")
+
+
+def check_source(hosts: Sequence[Host]) -> None:
+    """Refuses hosts whose driver is Debian's own: what is kept of a driver would not bring that one back.
+
+    Raises:
+        RefusedError: ``driver.debian``.
+    """
+    names = [host.name for host in hosts if host.variables.get(SOURCE) == "debian"]
+    if names:
+        one = names[0]
+        raise RefusedError(
+            "driver.debian", f"{', '.join(names)}: {SOURCE}=debian: Debian's driver has packages with versions of "
+            "their own and a file of preferences, which are not kept for a way back; upgrade-driver changes the "
+            "vendor's only.",
+            hint=f"one host at a time: opsctl drain {one}; opsctl exec --limit {one} -- systemctl stop "
+                 f"'inference@*.service'; opsctl provision --limit {one}; opsctl undrain {one}; or --limit leaves it "
+                 "out")
 
 
 def _step(to: str, host: Host, placements: Sequence[Placement], state: Any, look: Mapping[str, Any],

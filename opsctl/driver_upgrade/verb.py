@@ -85,11 +85,13 @@ def look(request: Request, log: Path, emit: Emit) -> Plan:
     """The plan; nothing is changed.
 
     Raises:
-        RefusedError: the inventory wants another driver; hosts are silent; the version is not there or does not fit.
+        RefusedError: a driver is Debian's; the inventory wants another; hosts are silent; the version is not there or
+            does not fit.
     """
     fleet = request.fleet
     emit(PhaseStarted(f"Look at {len(request.hosts)} hosts" if len(request.hosts) > 1 else
                       f"Look at {request.hosts[0].name}"))
+    plans.check_source(request.hosts)
     plans.check_inventory(request.hosts, request.to, {
         host.name: str(fleet.directory / LOCK) if VERSION in host.locked else
         place_of(fleet.inventory, host.name, VERSION) for host in request.hosts})

@@ -144,10 +144,17 @@ def test_a_change_of_the_driver_has_no_file_among_the_jobs(host: Paths) -> None:
     assert [one for one in busy(host, Systemd()) if one["what"] != "ansible"] == []
 
 
-def test_a_driver_that_holds_dpkg_is_told_as_that(host: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(busy_module, "unit_of", lambda cgroup: "opsctl-driver.service")
+def test_nor_has_one_that_goes_on_after_a_boot(host: Paths) -> None:
+    units = Systemd({"opsctl-driver-continue.service": "activating"})
+    told = [(one["what"], one["unit"]) for one in busy(host, units) if one["what"] != "ansible"]
+    assert told == [("driver", "opsctl-driver-continue.service")]
+
+
+@pytest.mark.parametrize("unit", ["opsctl-driver.service", "opsctl-driver-continue.service"])
+def test_a_driver_that_holds_dpkg_is_told_as_that(host: Paths, monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
+    monkeypatch.setattr(busy_module, "unit_of", lambda cgroup: unit)
     with running(sys.executable, "-c", LOCKS, str(host.root / "var/lib/dpkg/lock")):
-        told = [one["what"] for one in busy(host, Systemd({"opsctl-driver.service": "active"}))]
+        told = [one["what"] for one in busy(host, Systemd({unit: "active"}))]
     assert "driver" in told
     assert "dpkg" not in told
 

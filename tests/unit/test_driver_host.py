@@ -14,7 +14,7 @@ import pytest
 from opsctl.driver_upgrade import host as hosts
 from opsctl.driver_upgrade.host import HostAtWork, Settings
 from opsctl.driver_upgrade.plan import Instance, Step
-from opsctl.engines.events import discard
+from opsctl.engines.events import Emit, Event, Note, discard
 from opsctl.errors import LockedError, OpsctlError, PausedError
 from opsctl.fleet.model import Fleet, Host, Service
 from opsctl.releases.rotation import AdriftError
@@ -32,6 +32,7 @@ class Played:
         self.drains, self.keeps = list(drains), keeps
         self.fails: dict[str, OpsctlError] = {}
         self.lost = False
+        self.kernels: list[str] = []
         self.done: list[str] = []
         played = self
 
@@ -58,16 +59,19 @@ class Played:
         self.done.append(" ".join(verb))
         if verb[0] == "undrain" and not self.keeps:
             self.drains = [owner for owner in self.drains if owner != verb[-1]]
+        if verb[0] == "verify":
+            return {"wrong": [], "told": self.kernels}
         return {"idle": True, "running": 0, "waiting": 0, "weight": 0 if self.drains else 100}
 
     def check(self) -> None:
         if self.lost:
             raise LockedError("lock.lost", "bob has it")
 
-    def at_work(self, phase: str = "", drained_by: tuple[str, ...] = ()) -> HostAtWork:
+    def at_work(self, phase: str = "", drained_by: tuple[str, ...] = (), emit: Emit = discard
+                ) -> HostAtWork:
         instance = Instance("gpu-1.chat.0", "chat.0", "chat", active=True, serving=not phase, drained_by=drained_by)
         step = Step("gpu-1", (OLD,), OLD, "change", (instance,), 1, phase=phase, before=OLD if phase else "")
-        return HostAtWork(FLEET, step, Settings("R1", NEW, check=self.check), discard, threading.Event())
+        return HostAtWork(FLEET, step, Settings("R1", NEW, check=self.check), emit, threading.Event())
 
 
 class TestServe:
@@ -95,6 +99,14 @@ class TestServe:
         with pytest.raises(LockedError):
             played.at_work().serve("accepted")
         assert played.done == []
+
+
+def test_an_old_kernel_without_a_module_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    played = Played(monkeypatch)
+    played.kernels = ["the module for kernel 6.1.0-9-amd64 is not there"]
+    heard: list[Event] = []
+    played.at_work(emit=heard.append).accept(NEW)
+    assert "6.1.0-9-amd64" in str([event for event in heard if isinstance(event, Note)])
 
 
 class TestEmpty:

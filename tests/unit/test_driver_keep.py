@@ -72,6 +72,45 @@ class TestDecisions:
         assert keeper.from_cache(tmp_path / "kept", one)
 
 
+class TestKernels:
+    @pytest.fixture
+    def boot(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """Debian's /boot after three kernels; the oldest has no module, and the second runs."""
+        versions = {"6.1.0-9-amd64": "", "6.1.0-10-amd64": NEWEST, "6.1.0-11-amd64": NEWEST}
+        for name in versions:
+            (tmp_path / f"vmlinuz-{name}").touch()
+        monkeypatch.setattr(keeper, "BOOT", tmp_path)
+        monkeypatch.setattr(keeper, "BOOTS_NEXT", (tmp_path / "link",))
+        monkeypatch.setattr(keeper, "modules", lambda: versions)
+        monkeypatch.setattr(keeper, "running", lambda: "6.1.0-10-amd64")
+        monkeypatch.setattr(keeper, "loaded_version", lambda: NEWEST)
+        monkeypatch.setattr(keeper, "said", lambda _: NEWEST)
+        monkeypatch.setattr(keeper, "installed", list)
+        return tmp_path
+
+    def test_an_old_one_without_a_module_is_told(self, boot: Path) -> None:
+        assert keeper.verify(NEWEST) == []
+        assert keeper.told(NEWEST) == [f"the module for kernel 6.1.0-9-amd64 is not there where {NEWEST} is wanted"]
+
+    def test_the_one_that_boots_next_counts(self, boot: Path) -> None:
+        (boot / "link").symlink_to("boot/vmlinuz-6.1.0-9-amd64")
+        (wrong,) = keeper.verify(NEWEST)
+        assert "6.1.0-9-amd64" in wrong
+        assert keeper.told(NEWEST) == []
+
+    @pytest.mark.parametrize("kernel", ["6.1.0-10-amd64", "6.1.0-11-amd64"])
+    def test_so_does_the_running_one_and_without_a_link_the_newest(self, boot: Path, kernel: str,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(keeper, "modules", lambda: {"6.1.0-9-amd64": NEWEST, "6.1.0-10-amd64": NEWEST,
+                                                        "6.1.0-11-amd64": NEWEST, kernel: "1.2"})
+        (wrong,) = keeper.verify(NEWEST)
+        assert f"{kernel} is 1.2" in wrong
+
+    def test_a_labs_counts(self, boot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(keeper, "modules", lambda: {"lab": ""})
+        assert len(keeper.verify(NEWEST)) == 1
+
+
 class Played:
     """The program with a host that is told: what is loaded, whether instances serve, and what was run."""
 

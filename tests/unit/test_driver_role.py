@@ -82,6 +82,17 @@ def test_check_mode_tells_the_course_and_touches_nothing(role: Path) -> None:
     assert not Path("/etc/opsctl/driver.json").exists()
 
 
+@pytest.mark.parametrize("states", ["inactive\\n\\nactivating", "inactive\\n\\nfailed"])
+def test_a_change_that_runs_by_itself_is_waited_for(role: Path, states: str) -> None:
+    """That of a dead controller, and the one that goes on after a boot."""
+    wait = role / "roles/nvidia_driver/tasks/wait.yml"
+    wait.write_text(wait.read_text().replace("retries: 180", "retries: 1").replace("delay: 10", "delay: 0"))
+    (role / "bin/systemctl").write_text(
+        "#!/bin/sh\ncase \"$*\" in *driver.service*driver-continue.service*) "
+        f"printf '{states}\\n';; *) echo inactive;; esac\n")
+    assert play(role, "wait").returncode == (2 if "activating" in states else 0)
+
+
 FAKES = {
     "systemctl": 'case "$*" in *ActiveState*) echo inactive;; is-active*) echo active;; esac',
     "systemd-run": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',

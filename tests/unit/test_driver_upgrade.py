@@ -125,6 +125,15 @@ class TestPlan:
         assert f'write nvidia_driver_version="{NEW}" there' in caught.value.hint
         plans.check_inventory([host(1)], NEW, {})
 
+    def test_debians_packages_are_not_changed_by_this(self) -> None:
+        debian = host(1)
+        debian.variables["nvidia_driver_source"] = "debian"
+        with pytest.raises(RefusedError, match="gpu-1") as caught:
+            plans.check_source([host(2), debian])
+        assert caught.value.code == "driver.debian"
+        assert "opsctl drain gpu-1" in caught.value.hint
+        plans.check_source([host(2)])
+
     def test_hosts_without_a_driver_of_ours_are_left_alone(self) -> None:
         bare = Host("ops-1", "10.0.0.9", ("lb",))
         assert with_driver((bare, host(1)), "") == (host(1),)

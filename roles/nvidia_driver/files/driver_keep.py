@@ -5,7 +5,7 @@
 ``keep``                 copies of every .deb of the installed driver, and of its pin; fails where one cannot be had
 ``begin {run, to, ...}`` from here on a change is under way: it ends with ``done``, or with ``restore`` and ``done``
 ``restore``              the kept packages again, offline; the module too, where it can be changed without a reboot
-``verify VERSION``       whether every layer of the driver has that version, for each kernel that could be booted
+``verify VERSION``       whether every layer of the driver has that version; and what an old kernel lacks
 ``mark PHASE``, ``done`` how far the change is; it is over
 ``leave``                a unit that runs ``continue`` at the next boot
 ``continue``             what a host can do alone after a boot: accept, or restore and accept
@@ -23,7 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ LOADED = Path("/proc/driver/nvidia/version")
 KERNEL_MODULES = Path("/proc/modules")  # a kernel without modules, as some labs have, has no such file
 LAB_MODULE = Path("/lib/modules/lab/nvidia.version")  # a machine of a lab has no kernel module to ask
 BOOT = Path("/boot")
+BOOTS_NEXT = (Path("/vmlinuz"), BOOT / "vmlinuz")  # links to the kernel that the boot loader takes
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 HOST_PROGRAM = "/opt/opsctl/agent/bin/opsctl-host"
 PATTERNS = ("*nvidia*", "libcuda1", "libcudadebugger*", "cuda-drivers*", "libnvcuvid*", "libnvoptix*", "libnvsdm*",
@@ -330,14 +331,13 @@ def reload_module() -> None:
 
 
 def verify(version: str) -> list[str]:
-    """What is wrong, a sentence each: every layer, and the module of each kernel that could be booted."""
+    """What is wrong, a sentence each: every layer, with the modules of the kernel that runs and of the next boot's."""
     wrong = []
     loaded = loaded_version()
     if loaded != version:
         wrong.append(f"the module in the kernel is {loaded or 'not there'} where {version} is wanted")
-    for kernel, module in modules().items():
-        if module != version:
-            wrong.append(f"the module for kernel {kernel} is {module or 'not there'} where {version} is wanted")
+    found = modules()
+    wrong += _without(version, {kernel: found[kernel] for kernel in needed(found)})
     library = said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).split()
     if not library or set(library) != {version}:
         has = " ".join(dict.fromkeys(library))[:100]
@@ -353,6 +353,31 @@ def verify(version: str) -> list[str]:
         if unit != "active":
             wrong.append(f"nvidia-fabricmanager.service is {unit or 'not there'}")
     return wrong
+
+
+def told(version: str) -> list[str]:
+    """What kernels lack that neither run nor boot next; no fault of the host's, but who boots them has no driver."""
+    found = modules()
+    return _without(version, {kernel: found[kernel] for kernel in found if kernel not in needed(found)})
+
+
+def _without(version: str, found: Mapping[str, str]) -> list[str]:
+    return [f"the module for kernel {kernel} is {module or 'not there'} where {version} is wanted"
+            for kernel, module in found.items() if module != version]
+
+
+def needed(kernels: Collection[str]) -> set[str]:
+    """Those of ``kernels`` that run or boot next; a lab's only one too."""
+    if len(kernels) < 2:
+        return set(kernels)
+    named = [path.readlink().name.removeprefix("vmlinuz-") for path in BOOTS_NEXT if path.is_symlink()]
+    newest = max(kernels, key=lambda kernel: [int(part) for part in re.findall(r"\d+", kernel)])
+    return {kernel for kernel in kernels if kernel == running()} | set(
+        next(([name] for name in named if name in kernels), [newest]))
+
+
+def running() -> str:
+    return os.uname().release
 
 
 def modules() -> dict[str, str]:
@@ -522,8 +547,8 @@ def say(text: str) -> None:
 
 VERBS: Mapping[str, Callable[..., Any]] = {
     "look": look, "keep": keep, "begin": lambda text: begin(json.loads(text)), "restore": restore,
-    "verify": lambda version: {"wrong": verify(version)}, "mark": mark, "done": done, "leave": leave,
-    "continue": go_on}
+    "verify": lambda version: {"wrong": verify(version), "told": told(version)}, "mark": mark, "done": done,
+    "leave": leave, "continue": go_on}
 
 
 def main() -> int:
