@@ -415,14 +415,14 @@ def test_a_move_that_lost_its_lock_touches_nothing_more(fleet: Fleet, monkeypatc
 
 def test_a_rollout_that_lost_its_lock_begins_nothing(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     from opsctl.releases import roll
-    from opsctl.releases.plan import Step
+    from opsctl.releases.plan import ALL_HEARD, Step
     from opsctl.releases.rollout import Move, Rollout
 
     def lost() -> None:
         raise LockedError("lock.lost", "taken by bob.")
 
     begun: list[object] = []
-    monkeypatch.setattr(roll._Conductor, "_serving", lambda _: frozenset())
+    monkeypatch.setattr(roll._Conductor, "_serving", lambda _: (frozenset(), ALL_HEARD))
     monkeypatch.setattr(roll._Conductor, "_begin", lambda *step, **_: begun.append(step))
     step = Step(host="gpu-1", instance="chat.0", now="", next="v2-bbbbbbbbbbbb", action="move", serving=False, wave=1,
                 back="")
