@@ -40,6 +40,7 @@ from opsctl.releases.rotation import LOST, AdriftError, Rotation, Ways
 from opsctl.releases.watch import OUT_OF_REACH, watch
 from opsctl.runs.journal import nothing
 
+ASK_AGAIN, AGAIN_S = 3, 2.0  # how often and how soon load balancers are asked that did not answer
 FAREWELL_S = 10.0  # for draining instances to come back after Ctrl-C
 
 
@@ -120,10 +121,17 @@ class _Conductor:
             raise
 
     def _serving(self) -> tuple[frozenset[str], Unheard]:
-        """Names of the instances that get requests now: well by their own word, and sent to by every load balancer.
-
-        And what did not answer.
+        """Who gets requests now, and what did not answer. A load balancer that does not is asked again before that
+        ends a rollout: one lost connection is no reason to leave a fleet mixed.
         """
+        for _ in range(ASK_AGAIN):
+            serving, unheard = self._look()
+            if not unheard.why or self._stop.wait(AGAIN_S):
+                break
+        return serving, unheard
+
+    def _look(self) -> tuple[frozenset[str], Unheard]:
+        """Names of the instances that get requests: well by their own word, and sent to by every load balancer."""
         hosts = [host for host in self._fleet.hosts if self._service.group in host.groups]
         states = on_each(self._fleet, hosts,
                          lambda session: ask(session, ["state", "--json"], host=session.host.name))
