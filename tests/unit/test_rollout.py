@@ -99,10 +99,18 @@ def test_a_load_balancer_that_is_not_heard_begins_nothing() -> None:
     assert "ops-1 does not answer" in end.reason
 
 
-def test_nor_does_the_conductor_take_it_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("silent_for", "begins"), [(2, True), (3, False)])
+def test_nor_does_the_conductor_take_it_for_nobody(monkeypatch: pytest.MonkeyPatch, silent_for: int, begins: bool
+                                                   ) -> None:
+    """One that answers again is believed; it is asked a few times before the rollout pauses."""
+    questions = []
+
     class Silent:
-        def rotating(self, _: Any) -> frozenset[str]:
-            raise PausedError("balancer.unseen", "the load balancer on ops-1 does not answer")
+        def rotating(self, wanted: Any) -> frozenset[str]:
+            questions.append(wanted)
+            if len(questions) <= silent_for:
+                raise PausedError("balancer.unseen", "the load balancer on ops-1 does not answer")
+            return frozenset(wanted)
 
         def close(self) -> None:
             pass
@@ -111,12 +119,15 @@ def test_nor_does_the_conductor_take_it_for_nobody(monkeypatch: pytest.MonkeyPat
     service = Service("chat", "gpu", 8100, 8000)
     served = {"instances": [{"instance": "chat.0", "unit": "active", "weight": 100, "unfinished": False,
                              "health": "healthy"}]}
+    monkeypatch.setattr(roll, "AGAIN_S", 0.0)
+    monkeypatch.setattr(roll._Conductor, "_begin", lambda conductor, step, back: conductor._ended.put(
+        (step, back, PausedError("drain.deadline", "not empty"))))
     monkeypatch.setattr(roll, "balancers", lambda *_: Silent())
     monkeypatch.setattr(roll, "on_each", lambda *_: {host.name: served for host in hosts})
     rolled = roll.roll(Fleet(Path(), Path("inventory.ini"), hosts, (service,)), service, fleet(1, 1),
                        Settings("R1", 60, 0), discard)
     assert rolled.end.exit_code is ExitCode.PAUSED
-    assert {move.state for move in rolled.rollout.moves} == {State.WAITING}
+    assert ({move.state for move in rolled.rollout.moves} != {State.WAITING}) == begins
 
 
 def test_without_leave_an_outage_pauses() -> None:
