@@ -157,6 +157,7 @@ def test_down_again(machine: Path) -> None:
     assert "1.18.2-1" in (machine / "host/etc/apt/preferences.d/opsctl-container-toolkit").read_text()
 
 
+@pytest.mark.slow
 def test_a_driver_that_apt_would_pull_ends_it_and_why_is_shown(machine: Path) -> None:
     (machine / "trap").touch()
     done = toolkit(machine)
@@ -174,6 +175,7 @@ def test_the_preflight_names_the_nearest_versions(machine: Path) -> None:
     good(toolkit(machine, entry="preflight"))
 
 
+@pytest.mark.slow
 def test_containers_need_a_driver(machine: Path) -> None:
     (machine / "loaded").unlink()
     done = toolkit(machine, entry="preflight")
@@ -185,6 +187,7 @@ def test_containers_need_a_driver(machine: Path) -> None:
     assert "nvidia.yaml was not written: no driver is loaded" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_cuda_comes_as_its_own_packages_and_once(machine: Path) -> None:
     given = {"cuda_toolkit_version": "13.0.2", "cuda_nccl_version": "2.28.9"}
     good(play(machine, "cuda", "preflight", given))
