@@ -112,6 +112,7 @@ def test_an_update_and_a_rollback_of_three_hosts_lose_no_stream(busy: LabFleet) 
     assert 3 <= statistics.median(record.seconds for record in records) <= 8
 
 
+@pytest.mark.slow
 def test_the_same_change_without_the_drain_loses_streams(busy: LabFleet) -> None:
     """Stop, flip, start, under the same load: what a script for systemctl would do, without the drain before.
 

@@ -130,6 +130,7 @@ def test_a_release_that_is_too_slow_goes_back(provisioned: Any, tmp_path: Path) 
     assert serving(provisioned) == ALL_ON_V1
 
 
+@pytest.mark.slow
 def test_a_file_that_rotted_on_the_gateway_is_refused_before_anything_is_touched(provisioned: Any, small: Path) -> None:
     small.write_bytes(small.read_bytes() + b"\0" * 64)  # another file than v1's, or it would only be linked
     import_release(provisioned, small, "rotten")
@@ -148,6 +149,7 @@ def test_a_file_that_rotted_on_the_gateway_is_refused_before_anything_is_touched
     assert serving(provisioned) == ALL_ON_V1
 
 
+@pytest.mark.slow
 def test_a_release_that_does_not_fit_one_disk_is_refused_before_anything_is_touched(provisioned: Any, tmp_path: Path
                                                                                      ) -> None:
     model, filler = tmp_path / "mid.gguf", "/srv/opsctl/filler"
