@@ -195,6 +195,7 @@ def test_a_machine_that_opsctl_runs_on_is_not_rebooted(machine: Path) -> None:
     assert "reboot that machine by hand, then opsctl provision again" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_first_driver_that_was_cut_off_before_its_reboot_gets_it(machine: Path) -> None:
     """All packages are there, no module is loaded: the reboot is still to come, once, or it was in vain."""
     (machine / "bin/nvidia-modprobe").write_text("#!/bin/sh\nexit 1\n")
