@@ -85,6 +85,7 @@ def serving(lab: LabFleet) -> set[str]:
     return set(found)
 
 
+@pytest.mark.slow  # six minutes; test_rollouts.py has clients that stream through changes too
 def test_an_update_and_a_rollback_of_three_hosts_lose_no_stream(busy: LabFleet) -> None:
     with load_on(busy) as load, DrainWatch(load) as watch, ThreadPoolExecutor(1) as operator:
         load.wait_until_steady()
