@@ -28,7 +28,7 @@ HEADER = """\
 # writes it from what the hosts have, the inventory wishes and the releases need; review its changes like code.
 """
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # hosts that need no quotes
-REMAKE = "opsctl stack resolve --write makes it anew"
+REMAKE = "take it from git again; or remove it, and opsctl stack resolve --write makes it anew"
 
 
 @dataclass(frozen=True)
