@@ -35,7 +35,7 @@ demo: setup
 test: test-unit test-lab
 
 test-unit: setup
-	$(BIN)/pytest -m "not slow and not lab" --numprocesses auto --durations=10
+	$(BIN)/pytest -m "not slow and not lab" --numprocesses auto --timeout 240 --durations=10
 
 test-lab: setup
 	$(BIN)/pytest -m "lab and not slow" --durations=15

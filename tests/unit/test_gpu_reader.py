@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,29 @@ def test_a_reader_that_leaves_somebody_behind_holds_nobody_up(tmp_path: Path) ->
         signal.signal(signal.SIGALRM, before)
         os.kill(int(left.read_text()), signal.SIGTERM)
     assert any("ended by signal 9" in words for words in said)
+
+
+WAITS = """
+import os, signal, time
+from opsctl.agent.gpu.child import Stop
+
+stop, parent = Stop(), os.getpid()
+signal.signal(signal.SIGTERM, lambda *_: stop.set())
+if (other := os.fork()) == 0:
+    while os.getppid() == parent:
+        os.kill(parent, signal.SIGTERM)
+    os._exit(0)
+until = time.monotonic() + 2
+while time.monotonic() < until:
+    stop.wait(0.001)
+assert stop.is_set()
+os.kill(other, signal.SIGKILL)
+"""
+
+
+def test_it_can_be_told_to_end_at_any_moment() -> None:
+    """Also in the one in which it begins to wait, or ends waiting: who holds a lock then is not asked for it again."""
+    subprocess.run([sys.executable, "-c", WAITS], check=True, timeout=30)
 
 
 def heard(*samples: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import fcntl
 import importlib
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -48,7 +49,31 @@ class Teller:
                 os._exit(0)
 
 
-def read_for_ever(nvml: Nvml, teller: Teller, stop: threading.Event) -> None:
+class Stop:
+    """Set by a signal's handler, waited for by all threads.
+
+    No ``threading.Event``: a handler that sets one deadlocks when it interrupts that thread's own wait, which holds the
+    event's lock.
+    """
+
+    def __init__(self) -> None:
+        self._came = False
+        self._waiting, self._telling = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def set(self, *_: object) -> None:
+        """Also as a handler."""
+        if not self._came:
+            self._came = True
+            os.write(self._telling, b"\n")  # never read: it wakes everybody
+
+    def is_set(self) -> bool:
+        return self._came
+
+    def wait(self, seconds: float) -> None:
+        select.select([self._waiting], [], [], max(0.0, seconds))
+
+
+def read_for_ever(nvml: Nvml, teller: Teller, stop: Stop) -> None:
     """Samples each second until ``stop``. Raises GoneError."""
     nvml.start()
     facts = samples.host_facts(nvml)
@@ -65,7 +90,7 @@ def read_for_ever(nvml: Nvml, teller: Teller, stop: threading.Event) -> None:
         stop.wait(due - boot_clock())
 
 
-def wait_for_xids(nvml: Nvml, gpus: list[samples.Gpu], teller: Teller, stop: threading.Event) -> None:
+def wait_for_xids(nvml: Nvml, gpus: list[samples.Gpu], teller: Teller, stop: Stop) -> None:
     """Tells every critical error that the driver reports; the kernel's log has some more."""
     library = nvml.library
     events = Nvml(library)  # waiting is no call that hangs
@@ -125,9 +150,9 @@ def main(argv: list[str] | None = None) -> int:
     """Ends with 0 when told to, or when NVML cannot be asked; the last sample says why."""
     (lock,) = sys.argv[1:] if argv is None else argv
     teller = Teller(sys.stdout.fileno())
-    stop = threading.Event()
+    stop = Stop()
     for number in (signal.SIGTERM, signal.SIGABRT):  # the second is systemd's when the agent's watchdog was not heard
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, stop.set)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE), encoding="ascii")
     held = take_lock(Path(lock))
