@@ -138,6 +138,16 @@ def wrong_targets(jobs: Sequence[Mapping[str, Any]], active: Sequence[Mapping[st
     return words
 
 
+def asked_since(before: Sequence[Mapping[str, Any]], active: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all targets that do not answer were asked again since ``before``, the same API's earlier word.
+
+    An engine that came up a moment ago is down for Prometheus until that asks the next time.
+    """
+    asked = {target["scrapeUrl"]: target["lastScrape"] for target in before}
+    return all(target["lastScrape"] != asked.get(target["scrapeUrl"]) for target in active
+               if target["health"] == "down")
+
+
 def wrong_rules(texts: Sequence[str], groups: Sequence[Mapping[str, Any]]) -> list[str]:
     """What is wrong with Prometheus' rules, a few words each. ``texts``: of files of rules; ``groups``: of its API."""
     wanted = {name for text in texts for name in RULE.findall(text)}

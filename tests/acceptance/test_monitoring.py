@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
 
 from opsctl.agent import ledger
 from opsctl.fleet.model import ALERTMANAGER_PORT, PROMETHEUS_PORT, Fleet
-from opsctl.fleet.monitoring import alertmanagers, scrape_jobs, wrong_rules, wrong_targets
+from opsctl.fleet.monitoring import alertmanagers, asked_since, scrape_jobs, wrong_rules, wrong_targets
 from opsctl.lab.answer import Response
 from opsctl.resources import resource
 from opsctl.verifying import Doubtful, Wrong
 
 ENOUGH = 3  # of what is wrong, in one sentence
+ASKED_AGAIN_S = 25.0  # Prometheus asks every 10 s, and waits as long
 
 
 def ask(asked, port: int, path: str) -> Any:
@@ -29,6 +31,10 @@ def ask(asked, port: int, path: str) -> Any:
     return json.loads(bytes(answer.text))
 
 
+def targets(asked) -> Any:
+    return ask(asked, PROMETHEUS_PORT, "/api/v1/targets?state=active")["data"]["activeTargets"]
+
+
 def refuse(what: str, words: list[str], hint: str = "opsctl provision") -> None:
     if words:
         more = f", and {len(words) - ENOUGH} more" if len(words) > ENOUGH else ""
@@ -37,11 +43,16 @@ def refuse(what: str, words: list[str], hint: str = "opsctl provision") -> None:
 
 @pytest.mark.of("monitor", "Prometheus hears everybody in the fleet")
 def test_targets(fleet: Fleet, asking, provisioned) -> None:
-    active = ask(provisioned, PROMETHEUS_PORT, "/api/v1/targets?state=active")["data"]["activeTargets"]
+    before = active = targets(provisioned)
     shown = {service.name: asking.gateway.verb("ledger-show", "--service", service.name)["lines"]
              for service in fleet.services}
     quiet = [name for name, lines in shown.items() if ledger.tip(list(map(ledger.line_of, lines))) is None]
-    refuse("an answer from every exporter", wrong_targets(scrape_jobs(fleet), active, quiet), "opsctl status")
+    until = time.monotonic() + ASKED_AGAIN_S
+    while ((words := wrong_targets(scrape_jobs(fleet), active, quiet)) and not asked_since(before, active)
+           and time.monotonic() < until):
+        time.sleep(1)
+        active = targets(provisioned)
+    refuse("an answer from every exporter", words, "opsctl status")
 
 
 @pytest.mark.of("monitor", "Prometheus has the rules that ship, and none of them fails")

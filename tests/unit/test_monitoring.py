@@ -130,6 +130,16 @@ class TestWhatPrometheusSays:
         assert len(monitoring.wrong_targets(JOBS, down)) == 4
         assert monitoring.wrong_targets(JOBS, down, {"chat"}) == []
 
+    def test_who_was_down_is_asked_again_before_it_counts(self) -> None:
+        """Right after provision Prometheus still tells of its last question, before the engine was there."""
+        before = [{**one, "scrapeUrl": str(number), "lastScrape": "10:00:01"}
+                  for number, one in enumerate(self.changed("inference", health="down"))]
+        assert not monitoring.asked_since(before, before)
+        later = [{**one, "lastScrape": "10:00:11"} for one in before]
+        assert not monitoring.asked_since(before, [*later[:5], *before[5:]])  # one of the engines
+        assert monitoring.asked_since(before, later)
+        assert monitoring.asked_since(before, [{**one, "health": "up"} for one in before])
+
     def test_rules_that_are_not_loaded_or_fail(self) -> None:
         texts = [path.read_text() for path in RULES.glob("*.yml")]
         names = [name for text in texts for name in monitoring.RULE.findall(text)]
