@@ -15,7 +15,7 @@ from typing import Any
 import fingerprint
 import pytest
 from command import opsctl, refused, succeeds
-from conftest import NAME, LabFleet, lab_of_a_module
+from conftest import NAME, LabFleet, lab_of_a_module, unwatched
 from under_load import be_nice, import_slow, load_on, lost, told
 
 from opsctl.releases.remote import HOST_PROGRAM
@@ -42,8 +42,7 @@ def drivers(computer: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def prepare(fleet: LabFleet) -> None:
-    text = fleet.inventory.read_text().replace("[monitor]\nops-1\n\n", "")
-    fleet.inventory.write_text(re.sub(r"\[monitor:vars\]\n(.+\n)*", "", text))
+    unwatched(fleet.directory)
     succeeds("bundle", "build", inventory=fleet.inventory)
     import_slow(fleet, "v1", seed=0)
     be_nice(fleet)
