@@ -229,12 +229,15 @@ class _Conductor:
         try:
             look = host.look()
             version = look["change"]["from"] if back else self._settings.to
-            wanted = look["versions"] == [version] and not look["states"] and look["loaded"] != version
-            if wanted:
-                host.reboot()
-        except OpsctlError:
+            if look["versions"] != [version] or look["states"] or look["loaded"] == version:
+                return False
+            self._settings.about_to()  # the play before took its time
+            host.reboot()
+        except OpsctlError as error:
+            if error.code in LOST:
+                raise
             return False
-        return bool(wanted)
+        return True
 
     def _back(self, hosts: Mapping[str, HostAtWork], why: Mapping[str, OpsctlError | None], ended: Ended) -> None:
         """The kept packages again, and what serves on them."""
@@ -252,8 +255,11 @@ class _Conductor:
             ended[failure.host] = (state, _broken(why.get(failure.host), sentence(failure), failure.detail))
         for name, host in hosts.items():
             if name not in ended and self._reboots(host, back=True):
+                error = why[name]
+                first = f"{error.message.rstrip('.')}; and then: " if error else ""
                 ended[name] = (State.REBOOTING, PausedError(
-                    "driver.reboots", f"{name}, where this runs, reboots into its old driver; a unit there accepts it"))
+                    "driver.reboots", f"{first}{name}, where this runs, reboots into its old driver; a unit there "
+                    "accepts it after that"))
         left = {name: host for name, host in hosts.items() if name not in ended}
         for name, error in self._each(left, lambda host: host.accept(_old(host))).items():
             if error is not None:

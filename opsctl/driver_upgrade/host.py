@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +61,8 @@ class HostAtWork:
         self._session = Session(fleet, step.host)
         self._rotations = [_Out(fleet, step.host, instance, settings, emit, stop, self.timings[instance.instance])
                            for instance in step.takes]
+        self._recorded = {instance.instance: {"ours": instance.ours, "by_hand": instance.by_hand}
+                          for instance in step.takes if instance.ours or instance.by_hand}
 
     def close(self) -> None:
         for out in self._rotations:
@@ -80,6 +82,7 @@ class HostAtWork:
             if begun:
                 for out in self._rotations:
                     out.rotation.hold()
+            self._write_down()
             self._drain()
             if self._stop.is_set():
                 then = "stays drained" if begun else "is back in service"
@@ -89,8 +92,9 @@ class HostAtWork:
                 out.rotation.hold()
             self._settings.check()
             try:
-                self.keeper("begin", json.dumps({"run": self._settings.run, "to": self._settings.to, "instances":
-                                                 [instance.instance for instance in self.step.takes]}))
+                self.keeper("begin", json.dumps({
+                    "run": self._settings.run, "to": self._settings.to, "host": self.step.host,
+                    "instances": [instance.instance for instance in self.step.takes]}))
             except OpsctlError as error:
                 begun = begun or error.code != SAID_NO  # a host that is not heard may have begun
                 raise
@@ -139,6 +143,8 @@ class HostAtWork:
             AdriftError: a load balancer sends nothing.
             OpsctlError: it is not known to be in rotation; the change is not over.
         """
+        for out in self._rotations:
+            out.look_once()
         self._settings.check()
         self.keeper("mark", phase)
         for out in self._rotations:
@@ -158,7 +164,9 @@ class HostAtWork:
         return self.keeper("look")
 
     def reboot(self) -> None:
-        """This machine, in a moment; the unit that ``leave`` left goes on."""
+        """This machine, in a moment; a unit goes on. That of an earlier boot may have given up, and be gone."""
+        self._settings.check()
+        self.keeper("leave")
         self._run(["systemd-run", f"--on-active={REBOOT_IN_S}s", "--collect", "--quiet", "systemctl", "reboot"])
 
     def keeper(self, *words: str, timeout_s: float = 120.0) -> dict[str, Any]:
@@ -177,6 +185,22 @@ class HostAtWork:
             raise OpsctlError(SAID_NO, f"{self.step.host}: {argv[0].rpartition('/')[2]} {argv[1]}: "
                               f"{lines[-1] if lines else f'exit status {done.returncode}'}", log_tail=lines[-10:])
         return done.stdout
+
+    def _write_down(self) -> None:
+        """What is out in load balancers, and by whom, before any is told: nobody else knows it when this is gone."""
+        if not self._rotations:
+            return
+        with ThreadPoolExecutor(len(self._rotations), thread_name_prefix="look") as pool:
+            list(pool.map(_Out.look, self._rotations))
+        self._record({out.rotation.instance: out.coming() for out in self._rotations})
+
+    def _record(self, instances: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+        new = {name: {key: tuple(names) for key, names in out.items()} for name, out in instances.items()
+               if any(out.values())}
+        if new != self._recorded:
+            self._settings.check()
+            self.keeper("rotation", json.dumps(new))
+            self._recorded = new
 
     def _drain(self) -> None:
         """All at once; who is empty keeps its lease until the last one is."""
@@ -218,6 +242,9 @@ class HostAtWork:
     def _undrain(self) -> None:
         for out in self._rotations:
             out.rotation.undrain()
+        if not any(out.rotation.ours() for out in self._rotations):
+            with contextlib.suppress(OpsctlError):  # the one being raised is the one to hear
+                self._record({})
 
     def _last_words(self, instance: Instance) -> tuple[str, ...]:
         done = self._session.run(["journalctl", "--unit", f"inference@{instance.instance}.service", "--lines", "20",
@@ -238,14 +265,34 @@ class _Out:
         self._session = Session(fleet, host)
         self.rotation = Rotation(fleet, host, instance.instance, ways,
                                  lambda verb: ask(self._session, verb, host=host), emit, stop, timing)
+        self.rotation.adopt(instance.ours)
         self.claimed: tuple[str, ...] = ()
+        self._state: Mapping[str, Any] = {}
+        self._looked = False
+
+    def look(self) -> None:
+        self._state = self.rotation.state()
+        self.look_once()
+
+    def look_once(self) -> None:
+        """By whose hand it is out in load balancers; not again, when our own orders have changed what is seen there."""
+        if not self._looked:
+            self.claimed = self.rotation.claimed(self._instance.by_hand)
+            self._looked = True
+
+    def coming(self) -> dict[str, tuple[str, ...]]:
+        """By whose order it is out in which load balancers, as soon as it is drained."""
+        ours = self.rotation.coming(self.claimed) if self._drains else self.rotation.ours()
+        return {"ours": ours, "by_hand": self.claimed}
+
+    @property
+    def _drains(self) -> bool:
+        return bool(self._state["unit"] == "active")  # an engine that hangs too: requests may be waiting in it
 
     def drain(self) -> None:
-        state = self.rotation.state()
-        self.claimed = self.rotation.claimed()
-        if state["unit"] == "active":  # an engine that hangs is drained too: requests may be waiting in it
-            self.rotation.heard(state)
-            self.rotation.drain()
+        if self._drains:
+            self.rotation.heard(self._state)
+            self.rotation.drain(self.claimed)
 
     def take_back_dead_runs(self) -> None:
         """Drains of runs that were given up in the middle: this one has their locks, and did what they did not."""

@@ -22,7 +22,11 @@ ACTIONS: Mapping[str, Action] = {"accepted": "finish", "back": "finish", "restor
 
 @dataclass(frozen=True)
 class Instance:
-    """``serving``: it gets requests now; ``active``: its unit runs, or ran when the change began."""
+    """``serving``: it gets requests now; ``active``: its unit runs, or ran when the change began.
+
+    ``ours`` and ``by_hand``: load balancers that a run which did not end took it out in itself, and those in which a
+    person had done so before.
+    """
 
     name: str  # gpu-1.chat.0
     instance: str
@@ -30,6 +34,8 @@ class Instance:
     active: bool
     serving: bool
     drained_by: tuple[str, ...] = ()
+    ours: tuple[str, ...] = ()
+    by_hand: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -219,8 +225,10 @@ def _step(to: str, host: Host, placements: Sequence[Placement], state: Any, look
         drained = tuple(drain["owner"] for drain in state.get("drains", ())
                         if drain["instance"] == placement.instance and drain["weight"] == 0)
         runs = instance["unit"] in ("active", "activating", "reloading") or placement.instance in began
+        out = look["rotation"].get(placement.instance, {})
         instances.append(Instance(name, placement.instance, placement.service, runs,
-                                  name in serving[placement.service], drained))
+                                  name in serving[placement.service], drained, tuple(out.get("ours", ())),
+                                  tuple(out.get("by_hand", ()))))
     has = tuple(look["versions"])
     whole = has == (to,) and look["loaded"] == to and not look["states"]
     action: Action = "nothing" if whole else "change"

@@ -22,6 +22,8 @@ HOOK = "load_balancer_hook"  # the inventory's variable
 HOOK_TIMEOUT_S = 60.0
 # until what came back gets requests: two good checks a second apart, after the agent said up
 ROTATION_S = 30.0
+# What HAProxy says of a server that was taken out, and of one that is down: then it does not say whether it is out too.
+OUT, DOWN = ("DRAIN", "MAINT"), ("DOWN",)
 
 
 class Balancers(Protocol):
@@ -36,14 +38,29 @@ class Balancers(Protocol):
     def rotating(self, servers: Collection[str]) -> frozenset[str]:
         """Those that every load balancer sends requests to now."""
 
-    def claimed(self, server: str) -> tuple[str, ...]:
-        """Load balancers in which a person took it out by hand; nobody else puts it back."""
+    def claimed(self, server: str, before: Collection[str] = ()) -> tuple[str, ...]:
+        """Load balancers in which a person took it out by hand; nobody else puts it back.
 
-    def drain(self, server: str) -> None:
-        """Takes it out by the load balancers themselves, past the agent. What is out already is left as it is."""
+        ``before``: where it was so when somebody looked last, which counts where no more than that it is down is seen.
+        """
+
+    def drain(self, server: str, leave: Collection[str] = ()) -> None:
+        """Takes it out by the load balancers themselves, past the agent. What is out already is left as it is.
+
+        ``leave``: load balancers in which it is a person's.
+        """
 
     def undrain(self, server: str) -> None:
-        """Ends what ``drain`` did here, and nothing else."""
+        """Ends what ``drain`` did here, or before ``adopt``, and nothing else."""
+
+    def adopt(self, server: str, names: Collection[str]) -> None:
+        """Load balancers in which ``drain`` was called by a process that is dead."""
+
+    def ours(self, server: str) -> tuple[str, ...]:
+        """Load balancers in which it is out by ``drain``."""
+
+    def names(self) -> tuple[str, ...]:
+        """Load balancers that ``drain`` talks to and that remember it."""
 
     def close(self) -> None: ...
 
@@ -87,13 +104,13 @@ class Haproxy:
             found -= frozenset(self._ask(session, ["balancer", *words])["missing"])
         return found
 
-    def claimed(self, server: str) -> tuple[str, ...]:
-        return tuple(session.host.name for session in self._sessions
-                     if (session.host.name, server) not in self._mine and self._is_out(session, server))
+    def claimed(self, server: str, before: Collection[str] = ()) -> tuple[str, ...]:
+        return tuple(session.host.name for session in self._sessions if (session.host.name, server) not in self._mine
+                     and self._is(session, server, *OUT, *(DOWN if session.host.name in before else ())))
 
-    def drain(self, server: str) -> None:
+    def drain(self, server: str, leave: Collection[str] = ()) -> None:
         for session in self._sessions:
-            if not self._is_out(session, server):
+            if session.host.name not in leave and not self._is(session, server, *OUT):
                 self._mine.add((session.host.name, server))
                 self._ask(session, ["balancer-drain", server])
 
@@ -103,8 +120,17 @@ class Haproxy:
                 self._ask(session, ["balancer-ready", server])
                 self._mine.discard((session.host.name, server))
 
-    def _is_out(self, session: Session, server: str) -> bool:
-        return any(row["server"] == server and row["status"].startswith(("DRAIN", "MAINT"))
+    def adopt(self, server: str, names: Collection[str]) -> None:
+        self._mine |= {(name, server) for name in names}
+
+    def ours(self, server: str) -> tuple[str, ...]:
+        return tuple(sorted(name for name, one in self._mine if one == server))
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(session.host.name for session in self._sessions)
+
+    def _is(self, session: Session, server: str, *states: str) -> bool:
+        return any(row["server"] == server and row["status"].startswith(states)
                    for row in self._ask(session, ["balancer"])["servers"])
 
     def close(self) -> None:
@@ -139,13 +165,22 @@ class Hook:
     def rotating(self, servers: Collection[str]) -> frozenset[str]:
         return frozenset(servers)
 
-    def claimed(self, server: str) -> tuple[str, ...]:
+    def claimed(self, server: str, before: Collection[str] = ()) -> tuple[str, ...]:
+        return ()
+
+    def adopt(self, server: str, names: Collection[str]) -> None:
+        pass
+
+    def ours(self, server: str) -> tuple[str, ...]:
+        return ()
+
+    def names(self) -> tuple[str, ...]:
         return ()
 
     def lacking(self, server: str, wait_s: float) -> tuple[str, ...]:
         return ()
 
-    def drain(self, server: str) -> None:
+    def drain(self, server: str, leave: Collection[str] = ()) -> None:
         self._call("drain", server)
 
     def undrain(self, server: str) -> None:
@@ -177,13 +212,22 @@ class Nobody:
     def rotating(self, servers: Collection[str]) -> frozenset[str]:
         return frozenset(servers)
 
-    def claimed(self, server: str) -> tuple[str, ...]:
+    def claimed(self, server: str, before: Collection[str] = ()) -> tuple[str, ...]:
+        return ()
+
+    def adopt(self, server: str, names: Collection[str]) -> None:
+        pass
+
+    def ours(self, server: str) -> tuple[str, ...]:
+        return ()
+
+    def names(self) -> tuple[str, ...]:
         return ()
 
     def lacking(self, server: str, wait_s: float) -> tuple[str, ...]:
         return ()
 
-    def drain(self, server: str) -> None:
+    def drain(self, server: str, leave: Collection[str] = ()) -> None:
         pass
 
     def undrain(self, server: str) -> None:

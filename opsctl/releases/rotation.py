@@ -89,9 +89,23 @@ class Rotation:
         raise PausedError("instance.unknown", f"{self.host} does not know {self.instance}.",
                           hint="opsctl provision places it")
 
-    def claimed(self) -> tuple[str, ...]:
-        """Load balancers in which a person took it out by hand."""
-        return self._balancers.claimed(self.name)
+    def claimed(self, before: Sequence[str] = ()) -> tuple[str, ...]:
+        """Load balancers in which a person took it out by hand. ``before``: as was seen by whoever began this."""
+        return self._balancers.claimed(self.name, before)
+
+    def adopt(self, names: Sequence[str]) -> None:
+        """Load balancers in which a dead process of ours took it out: the end of its drain ends that too."""
+        self._balancers.adopt(self.name, names)
+        self._in_balancers = self._in_balancers or bool(names)
+
+    def ours(self) -> tuple[str, ...]:
+        """Load balancers in which it is out by our order."""
+        return self._balancers.ours(self.name)
+
+    def coming(self, claimed: Sequence[str]) -> tuple[str, ...]:
+        """Those in which it is out by our order after ``drain``, at the most."""
+        told = self._balancers.names() if self._ways.via_lb else self.ours()
+        return tuple(name for name in told if name not in claimed)
 
     def heard(self, instance: Mapping[str, Any]) -> None:
         """A drain is heard through the agent: one that does not answer is noticed before anything is done.
@@ -105,8 +119,10 @@ class Rotation:
                 f"drain of {self.instance}; it was not touched.",
                 hint=f"systemctl status opsctl-agent on {self.host}; or --via-lb drains in HAProxy itself")
 
-    def drain(self) -> None:
+    def drain(self, claimed: Sequence[str] = ()) -> None:
         """Until every load balancer sends nothing more and has nothing open, and the engine says the same.
+
+        ``claimed``: load balancers in which a person has it out, which are not told.
 
         Raises:
             PausedError: it was given up, and the instance is back in service; one that was held before stays drained.
@@ -117,7 +133,7 @@ class Rotation:
         renewed = began
         try:
             if self._in_balancers:
-                self._balancers.drain(self.name)
+                self._balancers.drain(self.name, claimed)
             while True:
                 sessions, sending = self._balancers.open_sessions(self.name, LOOK_S)
                 engine = self._ask(["idle", self.instance, "--wait-s", f"{LOOK_S if not sessions else 0:g}"])

@@ -6,6 +6,7 @@
 ``begin {run, to, ...}`` from here on a change is under way: it ends with ``done``, or with ``restore`` and ``done``
 ``restore``              the kept packages again, offline; the module too, where it can be changed without a reboot
 ``verify VERSION``       whether every layer of the driver has that version; and what an old kernel lacks
+``rotation {...}``       what is out of the rotation in load balancers, and whether by the run or by hand
 ``mark PHASE``, ``done`` how far the change is; it is over
 ``leave``                a unit that runs ``continue`` at the next boot
 ``continue``             what a host can do alone after a boot: accept, or restore and accept
@@ -31,6 +32,7 @@ HOME = Path("/var/lib/opsctl/driver")
 KEPT = HOME / "kept"
 LIST = "list.json"
 CHANGE = HOME / "change.json"
+ROTATION = HOME / "rotation.json"
 CHANGED = Path("/var/lib/opsctl/driver-changed")
 RECORD = Path("/etc/opsctl/driver.json")
 ARCHIVES = Path("/var/cache/apt/archives")
@@ -83,6 +85,7 @@ WantedBy=multi-user.target
 """
 OVER = ("accepted", "back")
 LOAD_WAIT_S = 120.0  # for udev to load a module after a boot
+STALE_S = 60.0  # of a lock, as opsctl-host has it
 Package = dict[str, Any]
 
 
@@ -155,6 +158,7 @@ def installed() -> list[Package]:
 def look() -> dict[str, Any]:
     packages = installed()
     return {"versions": versions_of(packages), "loaded": loaded_version(), "boot": boot_id(), "change": read_change(),
+            "rotation": json.loads(ROTATION.read_text()) if ROTATION.exists() else {},
             "states": {package["name"]: package["status"] for package in packages
                        if package["status"] != "installed"},
             "kept": sorted(path.parent.name for path in KEPT.glob(f"*/{LIST}"))}
@@ -267,9 +271,23 @@ def begin(asked: Mapping[str, Any]) -> dict[str, Any]:
     check_files(version)
     instances = sorted({*asked["instances"], *(same["instances"] if same else [])})
     change = {"run": asked["run"], "from": version, "to": asked["to"], "instances": instances, "phase": "changing",
-              "boot": boot_id()}
+              "boot": boot_id(), "host": asked.get("host", "")}
     write(CHANGE, change)
     return change
+
+
+def rotation(instances: Mapping[str, Any]) -> dict[str, Any]:
+    """By instance ``{"ours": [...], "by_hand": [...]}``, names of load balancers; one that has neither is not kept.
+
+    Not in the record of the change: a load balancer is told before that begins, and a run may die in between.
+    """
+    kept = {name: out for name, out in instances.items() if any(out.values())}
+    if kept:
+        write(ROTATION, kept)
+    elif ROTATION.exists():
+        ROTATION.unlink()
+        flush(HOME)
+    return kept
 
 
 def restore() -> dict[str, Any]:
@@ -414,6 +432,7 @@ def mark(phase: str, **more: Any) -> dict[str, Any]:
 def done() -> dict[str, Any]:
     """The change is over: its record goes, and kept drivers that are neither before nor after it."""
     take_unit_away()
+    rotation({})
     change = read_change()
     if change is None:
         return {"changed": False}
@@ -455,7 +474,11 @@ def go_on(pause: Callable[[float], object] = time.sleep) -> dict[str, Any]:
         restore()
         if loaded_version() != change["from"]:
             say(f"{change['from']} is installed, and comes with another boot")
-            run(["systemctl", "--no-block", "reboot"])
+            why = not_now(change)
+            if why:
+                say(f"which is not now: {why}")
+            else:
+                run(["systemctl", "--no-block", "reboot"])
             return {"phase": "restored"}
     wait_for_module(pause)
     wrong = verify(change["from"]) or accept(change)
@@ -464,6 +487,24 @@ def go_on(pause: Callable[[float], object] = time.sleep) -> dict[str, Any]:
         take_unit_away()
         raise SorryError(f"{change['from']} does not serve: {'; '.join(wrong)}")
     return _over("back")
+
+
+def not_now(change: Mapping[str, Any]) -> str:
+    """Why nobody may reboot this machine unasked: another run is at work here, or a person holds it. Or empty."""
+    for lock in _told("locks"):
+        holder = lock["holder"]
+        if lock["name"] == "host" and holder["run"] != change["run"] and holder["beat_s"] <= STALE_S:
+            return f"{holder['user']}@{holder['machine']} has it for {holder['verb']} (run {holder['run']})"
+    for hold in _told("holds"):
+        if hold["host"] == change.get("host"):
+            return f"it is on hold by {hold['by']}"
+    return ""
+
+
+def _told(what: str) -> list[dict[str, Any]]:
+    text = said([HOST_PROGRAM, what])
+    found: list[dict[str, Any]] = json.loads(text)[what] if text else []
+    return found
 
 
 def _over(phase: str) -> dict[str, Any]:
@@ -547,6 +588,7 @@ def say(text: str) -> None:
 
 VERBS: Mapping[str, Callable[..., Any]] = {
     "look": look, "keep": keep, "begin": lambda text: begin(json.loads(text)), "restore": restore,
+    "rotation": lambda text: rotation(json.loads(text)),
     "verify": lambda version: {"wrong": verify(version), "told": told(version)}, "mark": mark, "done": done,
     "leave": leave, "continue": go_on}
 
