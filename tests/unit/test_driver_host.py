@@ -109,6 +109,21 @@ def test_an_old_kernel_without_a_module_is_told(monkeypatch: pytest.MonkeyPatch)
     assert "6.1.0-9-amd64" in str([event for event in heard if isinstance(event, Note)])
 
 
+class TestReboot:
+    def test_of_this_machine_leaves_a_unit_that_goes_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The one that an earlier boot began with has given up and is gone."""
+        played = Played(monkeypatch)
+        played.at_work("broken").reboot()
+        assert played.done == ["leave", "--on-active=15s --collect"]
+
+    def test_but_not_without_the_lock(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        played = Played(monkeypatch)
+        played.lost = True
+        with pytest.raises(LockedError):
+            played.at_work("broken").reboot()
+        assert played.done == []
+
+
 class TestEmpty:
     def test_a_change_that_goes_on_stays_held(self, monkeypatch: pytest.MonkeyPatch) -> None:
         played = Played(monkeypatch, "run:R1")

@@ -111,6 +111,10 @@ class TestKernels:
         assert len(keeper.verify(NEWEST)) == 1
 
 
+def holder(run: str, beat_s: float) -> dict[str, Any]:
+    return {"run": run, "user": "bob", "machine": "desk", "verb": "provision", "beat_s": beat_s}
+
+
 class Played:
     """The program with a host that is told: what is loaded, whether instances serve, and what was run."""
 
@@ -126,7 +130,9 @@ class Played:
         monkeypatch.setattr(keeper, "restore", lambda: self._restore(restored))
         monkeypatch.setattr(keeper, "run", self._run)
         keeper.write(home / "change.json", {"run": "R1", "from": "580.126.09", "to": "595.71.05", "phase": "changing",
-                                            "instances": ["chat.0"], "boot": "b"})
+                                            "instances": ["chat.0"], "boot": "b", "host": "gpu-1"})
+        monkeypatch.setattr(keeper, "ROTATION", home / "rotation.json")
+        monkeypatch.setattr(keeper, "said", lambda _: "")
         keeper.leave()
 
     def _restore(self, version: str) -> None:
@@ -166,6 +172,21 @@ class TestAfterABoot:
         host.loaded = "580.126.09"
         assert keeper.go_on() == {"phase": "back"}
         assert host.ran.count("restore") == 1
+
+    @pytest.mark.parametrize(("told", "reboots"), [
+        ({}, True),
+        ({"locks": [{"name": "host", "holder": holder("R2", 3)}]}, False),
+        ({"locks": [{"name": "host", "holder": holder("R2", 61)}]}, True),  # nobody is there any more
+        ({"locks": [{"name": "host", "holder": holder("R1", 3)}]}, True),  # it waits for this
+        ({"locks": [{"name": "service-chat", "holder": holder("R2", 3)}]}, True),
+        ({"holds": [{"host": "gpu-1", "by": "ann"}]}, False), ({"holds": [{"host": "gpu-2", "by": "ann"}]}, True)])
+    def test_but_not_under_somebody_who_has_the_machine(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                       told: dict[str, Any], reboots: bool) -> None:
+        host = Played(tmp_path, monkeypatch, loaded="595.99", restored="595.99")
+        monkeypatch.setattr(keeper, "said", lambda argv: json.dumps({argv[-1]: told.get(argv[-1], [])}))
+        assert keeper.go_on() == {"phase": "restored"}
+        assert (host.ran[-1] == "--no-block reboot") is reboots
+        assert (tmp_path / "unit").exists()  # it goes on after whoever reboots it
 
     def test_it_gives_up_where_neither_serves(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         host = Played(tmp_path, monkeypatch, loaded="", restored="")

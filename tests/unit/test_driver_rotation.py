@@ -1,4 +1,4 @@
-"""A change of driver whose controller dies, before a real HAProxy: what it drained there is ended, and a person's stays."""
+"""A change of driver whose controller dies, before a real HAProxy: its drains there are ended, a person's stay."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ class Machine:
         if verb[0] != "balancer":
             return haproxy.set_state(self._admin, verb[1], verb[0].removeprefix("balancer-"))
         words = dict(zip(verb[1::2], verb[2::2], strict=True))
-        asked = [[words[word]] if word in words else [] for word in ("--wanted", "--drained")]
-        return haproxy.look(self._admin, Path("/dev/null"), *asked, float(words.get("--wait-s", 0)))
+        wanted, drained = ([words[word]] if word in words else [] for word in ("--wanted", "--drained"))
+        return haproxy.look(self._admin, Path("/dev/null"), wanted, drained, float(words.get("--wait-s", 0)))
 
     def start(self) -> None:
         """As ``opsctl-host accept`` does, and whoever boots the machine."""
@@ -201,10 +201,13 @@ def test_so_it_does_after_a_boot_of_its_own_that_accepted_the_driver(machine: Ma
 
 
 @WAYS
-@pytest.mark.parametrize("at", ["idle", "stop", "boot"])
+@pytest.mark.parametrize("at", ["idle", "stop", "stopped", "boot"])
 def test_what_a_person_drained_there_stays_so(machine: Machine, via_lb: bool, at: str) -> None:
     machine.by_hand("drain")
-    if at == "boot":
+    if at == "stopped":
+        machine.controller(via_lb=via_lb).empty()
+        until(lambda: machine.balancer.servers()[SERVER][0].startswith("DOWN"), "HAProxy says it is drained still")
+    elif at == "boot":
         machine.controller(via_lb=via_lb).empty()
         machine.start()
         keeper.mark("accepted")

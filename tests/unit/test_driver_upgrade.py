@@ -36,7 +36,7 @@ def host(number: int, **more: Any) -> Host:
 def look(*versions: str, loaded: str = "", phase: str = "", states: dict[str, str] | None = None) -> dict[str, Any]:
     change = {"run": "R1", "from": OLD, "to": NEW, "phase": phase, "instances": ["chat.0"]} if phase else None
     return {"versions": list(versions or (OLD,)), "loaded": loaded or (versions or (OLD,))[0], "states": states or {},
-            "change": change, "kept": []}
+            "change": change, "rotation": {}, "kept": []}
 
 
 def given_up(seen: dict[str, Any]) -> dict[str, Any]:
@@ -360,6 +360,26 @@ class TestDrive:
         assert acts[-1] == "gpu-2 reboot"
         _, end, now = driven(monkeypatch, {("gpu-2", "change"): failed("gpu-2")}, steps)
         assert states_of(now) == ["changed", "back"]
+
+    @pytest.mark.parametrize("lost", ["lock.lost", "run.diverged"])
+    def test_nobody_reboots_it_whose_lock_is_gone(self, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
+        """Asked after the play, which took its time; neither into the new driver nor back."""
+        left = Step("gpu-1", (OLD,), "", "back", (), 1, local=True, phase="restored", before=OLD)
+        for one, wrong in ((step(1, 1, local=True), {("gpu-1", "change"): failed("gpu-1"),
+                                                     ("gpu-1", "look"): (NEW, OLD)}),
+                           (left, {("gpu-1", "look"): (OLD, "")})):
+            played = PlayedHosts(monkeypatch, wrong)
+            monkeypatch.setattr(driving._Conductor, "_serving", lambda _, one=one: (serving([one]), ALL_HEARD))
+
+            def about_to(played: PlayedHosts = played) -> None:
+                if played.acts and played.acts[-1] in ("change gpu-1", "back gpu-1"):
+                    raise LockedError(lost, "bob has it")
+
+            fleet = Fleet(Path(), Path("inventory.ini"), (host(1),), (CHAT,))
+            with pytest.raises(LockedError):
+                driving.drive(driving.Tools(fleet, Path(), Path()), upgrade([one], allow_outage=True),
+                              Settings("R1", NEW, about_to=about_to), discard)
+            assert "gpu-1 reboot" not in played.acts
 
     def test_and_on_its_way_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
         left = Step("gpu-1", (OLD,), "", "back", (), 1, local=True, phase="restored", before=OLD)
