@@ -503,7 +503,7 @@ def not_now(change: Mapping[str, Any]) -> str:
 
 def _told(what: str) -> list[dict[str, Any]]:
     text = said([HOST_PROGRAM, what])
-    found: list[dict[str, Any]] = json.loads(text)[what] if text else []
+    found: list[dict[str, Any]] = json.loads(text).get(what, []) if text else []  # it may say an error instead
     return found
 
 
