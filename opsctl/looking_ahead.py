@@ -1,7 +1,8 @@
 """``opsctl plan``: asks what a provision would do, and changes nothing. ``planning.py`` decides.
 
-The checks are those of a provision, in its order: ports and placements, the bundle, who answers, the releases, every
-role's preflight. Then Ansible's check mode on the roles that hosts have, and the tasks themselves for the others.
+The checks are those of a provision, in its order: ports and placements, the bundle, who answers, what opsctl check
+finds there, the releases, every role's preflight. Then Ansible's check mode on the roles that hosts have, and the tasks
+themselves for the others.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 from opsctl.agent.ledger import line_of, tip
 from opsctl.agent.trust import read_signed
 from opsctl.bundle.verify import verify_bundle
+from opsctl.checking import preflight
+from opsctl.checking.model import Finding
 from opsctl.engines.ansible import PlaybookOutcome, run_playbook
 from opsctl.engines.events import Emit, Event, Note, PhaseStarted, TaskResult
 from opsctl.engines.session import Session, on_each
@@ -45,6 +48,7 @@ class Question:
     hosts: tuple[Host, ...]
     bundle: Path
     become_password: str | None = field(default=None, repr=False)
+    allow_findings: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Found:
     login: str
     first: tuple[str, ...]
     agent: bool
+    findings: tuple[Finding, ...]
 
 
 def plan(question: Question, emit: Emit) -> Plan:
@@ -68,11 +73,13 @@ def plan(question: Question, emit: Emit) -> Plan:
     clashes(fleet)
     ssh_config = write_ssh_config(fleet)
     verify_bundle(question.bundle, fleet.directory / "trust" / "bundle.asc")
+    emit(PhaseStarted("Look at the hosts", tuple(host.name for host in question.hosts)))
     answers = _reach(question)
     found = {name: answer for name, answer in answers.items() if isinstance(answer, Found)}
     reached = tuple(host for host in question.hosts if host.name in found)
     check_lock(fleet, reached, emit, datetime.now(UTC).date())
     warn_of_ended(reached, emit, datetime.now(UTC).date())
+    preflight.tell({name: host.findings for name, host in found.items()}, question.allow_findings, emit)
     steps = _steps(question, found, emit)
     results: list[TaskResult] = []
     modules: dict[str, str] = {}
@@ -147,7 +154,8 @@ def _reach(question: Question) -> dict[str, Found | OpsctlError]:
         wanted_paths = [path for paths in marks(fleet, session.host).values() for path in paths]
         said = session.run([*LOOK, *wanted_paths], sudo=False, timeout_s=REACH_TIMEOUT_S)
         login, *lacking = said.stdout.splitlines() or [""]
-        return Found(login, first_roles(fleet, session.host, lacking), has_agent(session))
+        return Found(login, first_roles(fleet, session.host, lacking), has_agent(session),
+                     preflight.look(session, fleet, sudo=question.become_password is None))
 
     answers = on_each(fleet, question.hosts, look)
     for answer in answers.values():

@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from opsctl.bundle.verify import verify_bundle
+from opsctl.checking import preflight
+from opsctl.checking.model import Finding
 from opsctl.engines.ansible import Failure, PlaybookOutcome, run_playbook
 from opsctl.engines.events import Emit, Note, PhaseStarted
 from opsctl.engines.session import Session, on_each
@@ -25,6 +28,7 @@ from opsctl.releases.remote import unreachable
 from opsctl.resolving import check_lock, warn_of_ended
 from opsctl.resources import resource
 from opsctl.runs.journal import Run
+from opsctl.watching import Watch
 
 PREFLIGHT_PLAY = "Preflight"
 REACH_TIMEOUT_S = 20.0
@@ -39,6 +43,7 @@ class Request:
     bundle: Path
     skip_unreachable: int = 0
     become_password: str | None = field(default=None, repr=False)
+    allow_findings: frozenset[str] = frozenset()  # ids of opsctl check that are no reason to refuse
 
 
 def provision(request: Request, run: Run, emit: Emit) -> dict[str, Any]:
@@ -57,16 +62,21 @@ def provision(request: Request, run: Run, emit: Emit) -> dict[str, Any]:
     ssh_config = write_ssh_config(fleet)
     # with package_source=upstream too: the agent's wheel comes from the bundle, and root installs it
     verify_bundle(request.bundle, fleet.directory / "trust" / "bundle.asc")
-    reached, skipped = _reach(request, emit)
+    reached, skipped, findings = _reach(request, emit)
     check_lock(fleet, reached, emit, datetime.now(UTC).date())
     warn_of_ended(reached, emit, datetime.now(UTC).date())
+    preflight.tell(findings, request.allow_findings, emit)
     check_releases(fleet, emit, bundle=request.bundle)
-    outcome = run_playbook(
-        resource("playbooks") / "site.yml", fleet_directory=fleet.directory, inventory=fleet.inventory,
-        ssh_config=ssh_config, log=run.directory / "ansible.log", emit=emit, limit=limit_of(fleet, reached),
-        become_password=request.become_password,
-        variables={"opsctl_bundle": str(request.bundle), "opsctl_bundle_verified": "true"},
-    )
+    # only root may ask who holds a lock
+    by_root = request.become_password is None
+    watch: AbstractContextManager[Emit] = Watch(fleet, reached, emit) if by_root else nullcontext(emit)
+    with watch as hear:
+        outcome = run_playbook(
+            resource("playbooks") / "site.yml", fleet_directory=fleet.directory, inventory=fleet.inventory,
+            ssh_config=ssh_config, log=run.directory / "ansible.log", emit=hear, limit=limit_of(fleet, reached),
+            become_password=request.become_password,
+            variables={"opsctl_bundle": str(request.bundle), "opsctl_bundle_verified": "true"},
+        )
     judge(outcome, run.directory / "ansible.log")
     for sentence in remarks(fleet):
         emit(Note(sentence, "warning"))
@@ -127,16 +137,21 @@ def _reason(failure: Failure) -> str:
     return failure.message or "failed"
 
 
-def _reach(request: Request, emit: Emit) -> tuple[tuple[Host, ...], tuple[Host, ...]]:
-    """Hosts that answer over SSH and hosts left out; refuses when more are silent than were allowed to be.
+def _reach(request: Request, emit: Emit
+           ) -> tuple[tuple[Host, ...], tuple[Host, ...], dict[str, tuple[Finding, ...]]]:
+    """Hosts that answer over SSH, hosts left out, and what is to be said of those that answer, over one connection.
+
+    Refuses when more are silent than were allowed to be.
 
     Raises:
         RefusedError: unreachable hosts, a foreign host key, no way to become root: the first host's own error.
     """
 
-    def knock(session: Session) -> None:
+    def knock(session: Session) -> tuple[Finding, ...]:
         session.run(["true"], sudo=request.become_password is None, timeout_s=REACH_TIMEOUT_S)
+        return preflight.look(session, request.fleet, sudo=request.become_password is None)
 
+    emit(PhaseStarted("Look at the hosts", tuple(host.name for host in request.hosts)))
     answers = on_each(request.fleet, request.hosts, knock)
     silent = {name: answer for name, answer in answers.items() if isinstance(answer, OpsctlError)}
     for error in silent.values():
@@ -147,4 +162,5 @@ def _reach(request: Request, emit: Emit) -> tuple[tuple[Host, ...], tuple[Host, 
     for name, error in silent.items():
         emit(Note(f"left out: {error.message}", "warning", name))
     return (tuple(host for host in request.hosts if host.name not in silent),
-            tuple(host for host in request.hosts if host.name in silent))
+            tuple(host for host in request.hosts if host.name in silent),
+            {name: answer for name, answer in answers.items() if not isinstance(answer, OpsctlError)})

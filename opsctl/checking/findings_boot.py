@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from opsctl.checking.model import Captured, Judged, Wanted, fix, good, on, shell, skip, some, warn
-from opsctl.checking.reading import gpus_on_bus, loaded, module
+from opsctl.checking.reading import driver_packages, gpus_on_bus, loaded, module
 
 SECURE_BOOT = "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 BLACKLISTED = re.compile(r"^(?:blacklist nouveau$|options nouveau .*\bmodeset=0|"
@@ -68,9 +68,12 @@ def nouveau_loaded(captured: Captured, wanted: Wanted) -> Judged:
     if not bound and not re.search(r"^nouveau ", modules or "", re.MULTILINE):
         return good("nouveau is not loaded")
     what = f"nouveau is loaded{' and drives ' + some(bound) if bound else ''}"
+    if wanted.driver and not driver_packages(captured):  # a fresh Debian: nothing is wrong with it
+        return warn(f"{what}: the first provision brings a driver that blacklists it, and may have to reboot for that",
+                    shell(wanted, f"{NO_NOUVEAU} && systemctl reboot"))
     if not is_blacklisted(captured):
         return fix(f"{what}, and is not blacklisted: the driver cannot take the GPUs", shell(
-            wanted, f"{NO_NOUVEAU} && systemctl reboot"), stops=bool(wanted.driver))
+            wanted, f"{NO_NOUVEAU} && systemctl reboot"))
     return fix(f"{what}; its blacklist counts from the next boot on", on(wanted, "systemctl", "reboot"))
 
 
@@ -79,6 +82,8 @@ def nouveau_blacklist(captured: Captured, wanted: Wanted) -> Judged:
         return skip("modprobe is not there to say what is blacklisted")
     if is_blacklisted(captured):
         return good("nouveau is blacklisted")
+    if wanted.driver and not driver_packages(captured):
+        return skip("no package of the driver is there yet, and they blacklist nouveau")
     return warn("nouveau is not blacklisted: a boot without the driver's packages loads it", shell(wanted, NO_NOUVEAU))
 
 

@@ -24,6 +24,7 @@ from opsctl.stack.versions import driver_in
 OWNER = "owner:"
 NO_DPKG = "dpkg did not say what is installed"
 # Sources of a distribution's own build of the driver: Debian's and Ubuntu's components, and Ubuntu's PPA.
+EXACTLY = re.compile(r"([a-z0-9][a-z0-9+.-]*)(?::\w+)? \(= ([^)]+)\)")
 OTHERS = re.compile(r"^\s+-?\d+ (\S+ \S*(?:/non-free\S*|/restricted|/multiverse) .*|\S*graphics-drivers\S* .*)$",
                     re.MULTILINE)
 MISMATCH = "Driver/library version mismatch"
@@ -65,6 +66,27 @@ def repository(captured: Captured, wanted: Wanted) -> Judged:
                                        "opsctl is to keep its hands off the driver"))
     return warn(f"{what}: its packages and NVIDIA's replace each other's files",
                 on(wanted, "apt-get", "purge", *foreign))
+
+
+def dependents(captured: Captured, wanted: Wanted) -> Judged:
+    """Packages of the site's own that are tied to the driver that is there: with another one apt takes them away."""
+    if captured.exit("dpkg-depends") in (127, None):
+        return skip(NO_DPKG)
+    if not wanted.driver:
+        return good("the inventory names no driver")
+    family = {name for name, version in driver_packages(captured).items() if driver_in(version)}
+    tied = {}
+    for line in captured.out("dpkg-depends").splitlines():
+        name, state, needs = (*line.split("\t"), "", "")[:3]
+        for other, version in EXACTLY.findall(needs):
+            if name not in family and other in family and state.strip() in ("ii", "hi") and \
+                    driver_in(version) not in ("", wanted.driver):
+                tied[name] = f"{other} {version}"
+    if tied:
+        name, needs = next(iter(tied.items()))
+        return fix(f"{some(list(tied))} would be removed with the driver {wanted.driver}: {name} needs exactly {needs}",
+                   on(wanted, "apt-get", "remove", *tied) + "   (or a build of it for that driver)", stops=True)
+    return good(f"no package of others is tied to a driver other than {wanted.driver}")
 
 
 def policies(text: str) -> dict[str, str]:

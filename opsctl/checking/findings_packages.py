@@ -147,6 +147,9 @@ def _by_source(wanted: Wanted, what: str, command: str, *, stops: bool = False) 
 
 
 def _no_answer(captured: Captured) -> Judged:
+    if captured.exit("apt-update") == 127 and captured.exit("dpkg-audit") not in (127, None) and not captured.asked(
+            "apt-update"):
+        return skip("nobody asked apt: a provision never reads the host's own sources")
     return skip("there is no apt-get" if captured.exit("apt-update") == 127 else "apt-get did not end within its time")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from opsctl.agent import manifest as manifests
@@ -49,15 +50,24 @@ def capture(session: Session, wanted: Wanted) -> Captured:
     Raises:
         OpsctlError: the host does not answer; ``check.no_python``, ``check.no_probe``: it does, and the probe does not.
     """
+    samples = tuple(_seconds(session) for _ in range(SAMPLES + 1))[1:] if session.host.connection == "ssh" else ()
+    return replace(ask_probe(session, wanted), command_s=samples)
+
+
+def ask_probe(session: Session, wanted: Wanted, *, apt: bool = True, sudo: bool = True) -> Captured:
+    """What the probe says, in one command. Without ``apt`` it does not wait for package sources that may be silent.
+
+    Raises:
+        OpsctlError: as ``capture``.
+    """
     host = session.host
-    samples = tuple(_seconds(session) for _ in range(SAMPLES + 1))[1:] if host.connection == "ssh" else ()
-    asked = json.dumps({"gateway": wanted.gateway})
-    done = session.run(["python3", "-", asked], stdin=PROBE.read_bytes(), timeout_s=TIMEOUT_S)
+    asked = json.dumps({"gateway": wanted.gateway, "apt": apt})
+    done = session.run(["python3", "-", asked], stdin=PROBE.read_bytes(), timeout_s=TIMEOUT_S, sudo=sudo)
     if done.returncode in (126, 127):
         raise RefusedError("check.no_python", f"{host.name}: there is no python3, which everything here needs.",
                            hint=f"ssh -F .opsctl/ssh_config {host.name} sudo apt-get install python3")
     try:
-        return Captured(json.loads(done.stdout), samples)
+        return Captured(json.loads(done.stdout), None)
     except ValueError:
         raise OpsctlError("check.no_probe", f"{host.name}: the probe ended with exit code {done.returncode} and no "
                           "answer.", hint=f"opsctl exec --limit {host.name} -- python3 --version   (3.8 or newer)",

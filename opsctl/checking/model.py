@@ -62,10 +62,13 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Captured:
-    """The probe's document, and how long commands over SSH took (seconds each; empty where there is no SSH)."""
+    """The probe's document, and how long commands over SSH took.
+
+    ``command_s``: seconds each; empty where there is no SSH, None where nobody timed any.
+    """
 
     document: Mapping[str, Any] = field(default_factory=dict)
-    command_s: tuple[float, ...] = ()
+    command_s: tuple[float, ...] | None = ()
 
     def out(self, name: str) -> str:
         """What a program printed; empty when it was not run."""
@@ -75,6 +78,10 @@ class Captured:
         """Its exit status; 127: there is no such program; None: it ran past its deadline."""
         status = self._command(name).get("exit", 127)
         return None if status is None else int(status)
+
+    def asked(self, name: str) -> bool:
+        """Whether the program was asked for at all."""
+        return name in self.document.get("commands", {})
 
     def file(self, path: str) -> str | None:
         """The text of a file; None when it could not be read."""

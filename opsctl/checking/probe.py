@@ -1,9 +1,10 @@
 """Prints as JSON what a host's programs and files say, judged elsewhere. One file, Python 3.8, standard library only.
 
-Runs as ``python3 - '{"gateway": "http://..."}'``, best as root. Changes nothing: apt looks at its sources in a scratch
-folder, which goes again. Never hangs: whatever may (programs, and files of the GPUs' driver through ``cat``) is a child
-with a deadline, and one that not even SIGKILL ends (a driver that hangs) is left behind. ``/proc/PID/cmdline`` is not
-read: that can block on a process that hangs.
+Runs as ``python3 - '{"gateway": "http://...", "apt": true}'``, best as root. Changes nothing: apt looks at its sources
+in a scratch folder, which goes again, and only where ``apt`` does not say false: silent sources take their time. Never
+hangs: whatever may (programs, and files of the GPUs' driver through ``cat``) is a child with a deadline, and one that
+not even SIGKILL ends (a driver that hangs) is left behind. ``/proc/PID/cmdline`` is not read: that can block on a
+process that hangs.
 
 Printed: ``commands`` (by name: ``exit``, None when it ran past its deadline; ``out``, both streams), ``files`` (text by
 path), ``kernels``, ``pci``, ``disks`` (bytes), ``locks``, ``listeners``, ``gpu_users``, ``owners`` and ``bundle``.
@@ -220,6 +221,8 @@ def programs(scratch: str, following: str) -> dict[str, tuple[list[str], float]]
         "dpkg-audit": (["dpkg", "--audit"], 15),
         "dpkg-list": (["dpkg-query", "--show", "--showformat=${Package}\\t${Version}\\t${db:Status-Abbrev}\\n",
                        *PACKAGES], 15),
+        "dpkg-depends": (["dpkg-query", "--show", "--showformat=${Package}\\t${db:Status-Abbrev}\\t${Pre-Depends}, "
+                          "${Depends}\\n"], 15),
         "apt-update": (["apt-get", "update", "-c", scratch + "/apt.conf"], 40),
         "modprobe-config": (["modprobe", "--showconfig"], 10),
         "modinfo": (["modinfo", "nvidia", "nvidia-current"], 10),  # NVIDIA's packages' name for it, and Debian's
@@ -248,9 +251,17 @@ def programs(scratch: str, following: str) -> dict[str, tuple[list[str], float]]
     return asked
 
 
+def exact(said: str) -> str:
+    """Of all packages those that depend on exactly one version of something of NVIDIA's."""
+    return "".join(line for line in said.splitlines(keepends=True) if re.search(r"(?:nvidia|cuda)\S* \(= ", line))
+
+
 def shortened(said: str) -> str:
     """nvidia-smi's XML without the lists of clocks, which are nine tenths of it."""
     return re.sub(r"<supported_clocks>.*?</supported_clocks>", "", said, flags=re.DOTALL)
+
+
+KEPT = {"nvidia-smi": shortened, "dpkg-depends": exact}
 
 
 def capture(wanted: Mapping[str, Any]) -> Said:
@@ -267,9 +278,12 @@ def capture(wanted: Mapping[str, Any]) -> Said:
 
         def one(name: str, argv: list[str], timeout_s: float) -> None:
             done = run(argv, min(timeout_s, max(until - time.monotonic(), 0.1)))
-            said[name] = dict(done, out=shortened(done["out"])) if name == "nvidia-smi" else done
+            keep = KEPT.get(name)
+            said[name] = dict(done, out=keep(done["out"])) if keep else done
 
         asked = programs(scratch, following)
+        if not wanted.get("apt", True):
+            del asked["apt-update"]
         workers = [threading.Thread(target=one, args=(name, argv, timeout_s), daemon=True)
                    for name, (argv, timeout_s) in asked.items()]
         for worker in workers:

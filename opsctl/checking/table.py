@@ -40,6 +40,7 @@ CHECKS = (
     Check("acs", "PCI bridges between GPUs", "gpu", gpu.acs),
     Check("driver-run-file", "a driver from a .run file", "gpu", driver.run_file),
     Check("driver-repository", "whose packages the driver came from", "gpu", driver.repository),
+    Check("driver-dependents", "packages that are tied to this driver", "gpu", driver.dependents),
     Check("driver-version", "the driver of the inventory", "gpu", driver.version),
     Check("driver-flavour", "the flavour of the kernel module", "driver", driver.flavour),
     Check("driver-answers", "whether the driver answers", "driver", driver.answers),

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from opsctl.cli.speak import AsJson, Debug, Inventory, Limit, find_inventory, speaking
+from opsctl.cli.speak import AllowFinding, AsJson, Debug, Inventory, Limit, find_inventory, speaking
 from opsctl.cli.views import human_bytes
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def plan(
     diff: Every = False,
     bundle: BundleOption = None,
     skip_unreachable: SkipUnreachable = 0,
+    allow_finding: AllowFinding = None,
     ask_become_pass: AskBecome = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -46,6 +47,7 @@ def plan(
     [dim]$ opsctl plan --diff[/dim]
     """
     with speaking("plan", as_json=as_json, debug=debug) as speaker:
+        from opsctl.checking.preflight import check_allowed
         from opsctl.fleet.inventory import read_fleet
         from opsctl.fleet.select import select_hosts
         from opsctl.looking_ahead import Question
@@ -55,8 +57,9 @@ def plan(
         fleet = read_fleet(find_inventory(inventory))
         hosts = select_hosts(fleet, limit)
         password = typer.prompt("sudo password", hide_input=True, err=True) if ask_become_pass else None
+        allowed = check_allowed(allow_finding or ())
         folder = (bundle or fleet.directory / "bundle").absolute()
-        found = look_ahead(Question(fleet, hosts, folder, password), speaker.emit)
+        found = look_ahead(Question(fleet, hosts, folder, password, allowed), speaker.emit)
         speaker.result(found.as_document(), plan_view(found, every=diff), verdict(found, skip_unreachable))
 
 

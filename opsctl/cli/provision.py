@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from opsctl.cli.speak import (
+    AllowFinding,
     AsJson,
     Debug,
     Inventory,
@@ -32,6 +33,7 @@ def provision(
     limit: Limit = "",
     bundle: BundleOption = None,
     skip_unreachable: SkipUnreachable = 0,
+    allow_finding: AllowFinding = None,
     ask_become_pass: AskBecome = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -43,6 +45,7 @@ def provision(
     [dim]$ opsctl provision inventory.ini[/dim]
     """
     with speaking("provision", as_json=as_json, debug=debug) as speaker:
+        from opsctl.checking.preflight import check_allowed
         from opsctl.engines.events import RunFinished
         from opsctl.fleet.inventory import read_fleet
         from opsctl.fleet.placements import clashes
@@ -53,6 +56,7 @@ def provision(
 
         fleet = read_fleet(find_inventory(inventory))
         hosts = select_hosts(fleet, limit)
+        allowed = check_allowed(allow_finding or ())
         started = time.monotonic()
         password = _become_password(speaker) if ask_become_pass else None
         clashes(fleet)
@@ -61,7 +65,7 @@ def provision(
         speaker.interrupts.careful = True
         with running(task, speaker.emit) as work:
             request = Request(fleet, work.hosts, (bundle or fleet.directory / "bundle").absolute(), skip_unreachable,
-                              password)
+                              password, allowed)
             document = {**run_provision(request, work.run, work.emit), "on_hold": list(work.held)}
             work.emit(RunFinished(0, changed=document["changed"], seconds=time.monotonic() - started))
         speaker.result(document, summary(document))

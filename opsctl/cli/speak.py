@@ -35,6 +35,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", hidden=
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 NOT_KEPT = ("inventory", "as_json", "debug", "ask_become_pass", "only_plan")
 Limit = Annotated[str, typer.Option("--limit", help="Only these hosts: a host pattern, as Ansible's.")]
+AllowFinding = Annotated[list[str] | None, typer.Option(
+    "--allow-finding", metavar="ID", show_default=False,
+    help="Go on though opsctl check finds this, by its id (driver-run-file); may be given again.")]
 
 
 class Result(Console):

@@ -23,6 +23,7 @@ LONGER_S = {
     "driver": 1800.0,  # it builds a kernel module; so long the role nvidia_driver waits too
 }
 LOOK_EVERY_S = 2.0
+COMMAND = 80  # letters of a command that are shown
 TIMEOUT_S = 15.0
 DRIVER = "/opsctl/driver-transaction"
 # The brackets: pgrep must not find itself, nor the sudo before it.
@@ -90,5 +91,8 @@ def _words(what: dict[str, Any]) -> str:
     kinds = {"dpkg": "packages are being installed", "ansible": "a task of an earlier provision",
              "driver": "a change of the driver that an earlier provision began",
              "cutover": "a cutover that an earlier run began"}
-    pid = f" (process {what['pid']})" if what.get("pid") else ""
-    return f"{kinds.get(what['what'], what['what'])}{pid}"
+    name = str(what.get("unit") or "").removesuffix(".scope")
+    who = " ".join(str(what.get("command") or "").split())[:COMMAND] if what["what"] == "dpkg" else ""
+    parts = [f"process {what['pid']}" if what.get("pid") else "", who, name if who else ""]
+    said = ", ".join(part for part in parts if part)
+    return f"{kinds.get(what['what'], what['what'])}" + (f" ({said})" if said else "")

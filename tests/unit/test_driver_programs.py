@@ -192,6 +192,21 @@ class TestTransaction:
         output = "Inst pin (1 x [all])\nInst nvidia-driver-cuda (1)\n"
         assert "nvidia-driver-cuda" in self.transaction.refusal(swap, output)
 
+    def test_what_the_last_of_them_would_take_is_refused_before_the_first(self, tmp_path: Path) -> None:
+        """The pin alone takes nothing along: it would be done, and the driver refused after it."""
+        pin = {"what": "pin", "install": ["pin-new"], "remove": ["pin-old"]}
+        done, called = self.play(tmp_path, 'case "$*" in *-cuda*) echo "Remv gpu-tool [1]";; esac', [pin, DRIVER])
+        assert done.returncode == 1
+        assert "apt would remove gpu-tool" in done.stdout
+        assert called == ["dpkg --configure", "apt-get -s"]
+        assert not (tmp_path / "opsctl/driver-changed").exists()
+
+    def test_that_apt_cannot_do_all_at_once_says_nothing(self, tmp_path: Path) -> None:
+        pin = {"what": "pin", "install": ["pin-new"], "remove": ["pin-old"]}
+        done, called = self.play(tmp_path, 'case "$*" in *-s*pin-new*-cuda*) exit 100;; esac', [pin, DRIVER])
+        assert done.returncode == 0
+        assert called == ["dpkg --configure", "apt-get -s", *["apt-get -s", "apt-get -y"] * 2, "apt-mark hold"]
+
     def test_modules_go_before_those_they_rest_on(self) -> None:
         text = "nvidia 1 2 nvidia_uvm, Live\nnvidia_uvm 1 0 - Live\nnvidia_wmi_ec_backlight 1 0\next4 1 0\n"
         assert self.transaction.loaded_modules(text) == ["nvidia_uvm", "nvidia"]
@@ -211,19 +226,24 @@ class TestTransaction:
         ("exit 100", 1, "driver: apt cannot do it", ["dpkg --configure", "apt-get -s"]),
         ("", 0, "", ["dpkg --configure", "apt-get -s", "apt-get -y", "apt-mark hold"])])
     def test_what_is_run(self, tmp_path: Path, apt: str, status: int, said: str, called: list[str]) -> None:
-        """The program itself, with stand-ins for the system's own."""
-        for name, body in (("dpkg", ""), ("apt-mark", ""), ("apt-get", apt)):
-            (tmp_path / name).write_text(f"#!/bin/sh\necho {name} \"$@\" >> {tmp_path}/log\n{body}\n")
-            (tmp_path / name).chmod(0o755)
-        asked = {"transactions": [DRIVER], "hold": ["nvidia-driver-cuda"], "load": ""}
-        text = (FILES / "driver_transaction.py").read_text().replace("/var/lib/opsctl", f"{tmp_path}/opsctl")
-        (tmp_path / "program.py").write_text(text)
-        done = subprocess.run([sys.executable, tmp_path / "program.py", json.dumps(asked)], text=True,
-                              capture_output=True, check=False, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+        done, log = self.play(tmp_path, apt, [DRIVER])
         assert done.returncode == status
         assert said in done.stdout
         assert (tmp_path / "opsctl/driver-changed").exists() is ("apt-get -y" in called), "a refusal changes nothing"
-        assert [" ".join(line.split()[:2]) for line in (tmp_path / "log").read_text().splitlines()] == called
+        assert log == called
+
+    def play(self, folder: Path, apt: str, transactions: list[dict[str, object]]
+             ) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+        """The program itself, with stand-ins for the system's own; how it ended, and what it called."""
+        for name, body in (("dpkg", ""), ("apt-mark", ""), ("apt-get", apt)):
+            (folder / name).write_text(f"#!/bin/sh\necho {name} \"$@\" >> {folder}/log\n{body}\n")
+            (folder / name).chmod(0o755)
+        asked = {"transactions": transactions, "hold": ["nvidia-driver-cuda"], "load": ""}
+        text = (FILES / "driver_transaction.py").read_text().replace("/var/lib/opsctl", f"{folder}/opsctl")
+        (folder / "program.py").write_text(text)
+        done = subprocess.run([sys.executable, folder / "program.py", json.dumps(asked)], text=True,
+                              capture_output=True, check=False, env={"PATH": f"{folder}:/usr/bin:/bin"})
+        return done, [" ".join(line.split()[:2]) for line in (folder / "log").read_text().splitlines()]
 
 
 @pytest.fixture

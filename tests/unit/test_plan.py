@@ -202,8 +202,8 @@ def test_bare_hosts_are_asked_the_preflight_alone_and_the_others_all_in_check_mo
     monkeypatch.setattr(looking_ahead, "verify_bundle", lambda *_: None)
     monkeypatch.setattr(looking_ahead, "_steps", lambda *_: ())
     monkeypatch.setattr(looking_ahead, "on_each", lambda *_: {
-        "ops-1": looking_ahead.Found("ann", ("load_balancer",), agent=True),
-        "gpu-1": looking_ahead.Found("ann", roles_for(FLEET, GPU), agent=False),
+        "ops-1": looking_ahead.Found("ann", ("load_balancer",), True, ()),
+        "gpu-1": looking_ahead.Found("ann", roles_for(FLEET, GPU), False, ()),
         "gpu-2": RefusedError("host.unreachable", "gpu-2: no route to host")})
     heard: list[Event] = []
     plan = looking_ahead.plan(looking_ahead.Question(fleet, fleet.hosts, tmp_path), heard.append)

@@ -320,7 +320,7 @@ def test_a_dpkg_stops_a_provision_and_no_update(fleet: Fleet, hosts: dict[str, R
     with pytest.raises(PausedError) as paused, running.running(task(fleet, {"verb": "provision"}), discard):
         pass
     assert paused.value.code == "host.busy"
-    assert "packages are being installed (process 8)" in paused.value.message
+    assert "packages are being installed (process 8, apt-get upgrade)" in paused.value.message
     assert [run.unfinished for run in read_runs(fleet) if run.verb == "provision"] == [True]
 
 

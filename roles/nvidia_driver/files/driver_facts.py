@@ -1,6 +1,7 @@
 """Prints as JSON what a host has of GPUs and their driver; with ``upstream`` also what its package sources have.
 
 Arguments: where packages come from, and the names and patterns of packages that are asked for; none: no package is.
+``dpkg`` alone: prints in words who works with dpkg, and nothing where nobody does.
 Looks at /sys, /proc, dpkg and systemd, and asks no driver: there may be none yet.
 """
 
@@ -22,10 +23,12 @@ NVIDIA = "0x10de"
 DISPLAY, BRIDGE = "0x03", "0x0680"  # PCI classes: VGA and 3D controllers; "other bridge", which NVSwitches are
 FIELDS = "${Package}\t${Version}\t${db:Status-Want}\t${db:Status-Status}\n"
 LOCKS = ("/var/lib/dpkg/lock-frontend", "/var/lib/dpkg/lock")
-OUR_UNIT = "opsctl-driver.service"
+OURS = "opsctl-"  # how the units that change packages for opsctl begin
+MARK = b"OPSCTL_PROVISION="  # in the environment of what a provision runs (playbooks/vars/fleet.yml)
 CHANGED = Path("/var/lib/opsctl/driver-changed")  # driver_transaction.py writes it: the boot of the last change
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 STOPPED = Path("/run/opsctl-driver.stopped")  # of a change that was killed: services that it had stopped
+COMMAND = 80  # letters of a command that are shown
 FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, pid
 
 
@@ -69,19 +72,22 @@ def is_of_this_boot(changed: Path, boot_id: Path) -> bool:
 
 
 def dpkg_holder() -> str:
-    """Who works with dpkg, ``apt-get (pid 7, apt-daily.service)``; empty: nobody, or the change of a driver of ours."""
+    """Who works with dpkg, ``apt-get -qq update (pid 7, apt-daily.service)``; empty: nobody, or opsctl itself."""
     for lock in (name for name in LOCKS if Path(name).exists()):
         with Path(lock).open("rb") as file:
             asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
             kind, _, _, _, pid = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
         if kind == fcntl.F_UNLCK:
             continue
+        folder = Path(f"/proc/{pid}")
         try:
-            name = Path(f"/proc/{pid}/comm").read_text().strip()
-            units = re.findall(r"[^/\n]+\.(?:service|scope)", Path(f"/proc/{pid}/cgroup").read_text())
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            name = " ".join(command.split())[:COMMAND] or (folder / "comm").read_text().strip()
+            units = re.findall(r"[^/\n]+\.(?:service|scope)", (folder / "cgroup").read_text())
+            marked = os.geteuid() == 0 and MARK in (folder / "environ").read_bytes()
         except OSError:  # it has ended meanwhile
             continue
-        if OUR_UNIT not in units:
+        if not marked and not any(unit.startswith(OURS) for unit in units):
             return f"{name} (pid {pid}{', ' + units[-1] if units else ''})"
     return ""
 
@@ -102,6 +108,9 @@ def said(argv: Sequence[str]) -> str:
 
 
 def main() -> None:
+    if sys.argv[1:] == ["dpkg"]:
+        sys.stdout.write(dpkg_holder())
+        return
     kernel = os.uname().release
     gpus, switches = pci_devices(PCI)
     source, *patterns = sys.argv[1:] or [""]

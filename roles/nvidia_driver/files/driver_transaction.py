@@ -60,6 +60,12 @@ def refusal(transaction: Mapping[str, Any], output: str) -> str:
     return ""
 
 
+def together(transactions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """All of them as one, which is only ever tried: a refusal of the last would leave the first done."""
+    return {"what": "all", "install": [one for each in transactions for one in each["install"]],
+            "remove": [one for each in transactions for one in each["remove"]]}
+
+
 def packages_of(transaction: Mapping[str, Any]) -> list[str]:
     """apt's words for it: ``name=version``, and ``name-`` for what goes."""
     return [*transaction["install"], *(f"{name}-" for name in transaction["remove"])]
@@ -119,18 +125,31 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+def tried(transaction: Mapping[str, Any], *, may_fail: bool = False) -> str:
+    """Why it is not begun, after apt has simulated it; empty when it may be. ``may_fail``: apt may be unable to."""
+    argv = [*APT, "install", "--", *packages_of(transaction)]
+    say("+ apt-get -s: " + " ".join(packages_of(transaction)))
+    done = subprocess.run([*argv[:1], "-s", *argv[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, check=False)
+    if done.returncode:
+        return "" if may_fail else "apt cannot do it:\n" + done.stdout
+    return refusal(transaction, done.stdout)
+
+
 def main() -> int:
     wanted = json.loads(sys.argv[1])
     os.environ.update({"DEBIAN_FRONTEND": "noninteractive", "NEEDRESTART_SUSPEND": "1", "LC_ALL": "C.UTF-8"})
     try:
         if wanted["transactions"]:
             run(["dpkg", "--configure", "-a"], may_fail=True)  # a power cut's; a module that does not build stays so
+        # Only apt knows all who depend on what goes. Whether it can do both at once says nothing: the pin comes alone.
+        why = tried(together(wanted["transactions"]), may_fail=True) if len(wanted["transactions"]) > 1 else ""
+        if why:
+            say(why)
+            return 1
         for transaction in wanted["transactions"]:
             argv = [*APT, "install", "--", *packages_of(transaction)]
-            say("+ apt-get -s: " + " ".join(packages_of(transaction)))
-            done = subprocess.run([*argv[:1], "-s", *argv[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                  text=True, check=False)
-            why = refusal(transaction, done.stdout) if done.returncode == 0 else "apt cannot do it:\n" + done.stdout
+            why = tried(transaction)
             if why:
                 say(f"{transaction['what']}: {why}")
                 return 1
