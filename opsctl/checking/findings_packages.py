@@ -22,6 +22,7 @@ from opsctl.checking.model import (
 OUR_SOURCE = "/etc/apt/sources.list.d/opsctl.sources"
 OUR_UNIT = "opsctl-driver.service"
 OURS = re.compile(r"^(?:lib)?nvidia-|^libcuda1$|^cuda-drivers|^dkms$")  # what a provision mends by itself
+UNPACKED = "unpacked but not yet configured"
 HARMLESS = ("md5sums control file",)  # dpkg works without them
 # apt 2 says E: and W:, apt 3 Error: and Warning:
 KEY_TROUBLE = re.compile(r"NO_PUBKEY|EXPKEYSIG|REVKEYSIG|KEYEXPIRED|BADSIG|is not signed|Missing key|is not bound|"
@@ -39,30 +40,37 @@ def dpkg_state(captured: Captured, wanted: Wanted) -> Judged:
     """``dpkg --audit``: nothing is installed while something is half way, unless it is what the run itself mends."""
     if captured.exit("dpkg-audit") in (127, None):
         return skip("dpkg did not answer" if captured.exit("dpkg-audit") is None else "there is no dpkg")
-    grave, light = audited(captured.out("dpkg-audit"))
-    if grave:
-        foreign = [name for name in grave if not OURS.search(name)]
-        whose = "" if foreign else ": the driver's, which a provision mends"
-        return fix(f"dpkg is half way with {some(grave)}{whose}", shell(
-            wanted, "dpkg --configure --pending && apt-get --fix-broken install") if foreign else provision(wanted),
-                   stops=bool(foreign))
-    if light:
-        return warn(f"dpkg lacks a list of checksums of {some(light)}", on(
-            wanted, "apt-get", "install", "--reinstall", light[0]))
+    found = audited(captured.out("dpkg-audit"))
+    foreign = [name for name in found["grave"] if not OURS.search(name)]
+    configure = shell(wanted, "dpkg --configure --pending && apt-get --fix-broken install")
+    if foreign:
+        return fix(f"dpkg is half way with {some(found['grave'])}", configure, stops=True)
+    if found["grave"]:
+        return fix(f"dpkg is half way with {some(found['grave'])}: the driver's, which a provision mends",
+                   provision(wanted))
+    if found["unpacked"]:  # a run that was cut off, and the same again goes on with it
+        return fix(f"dpkg was cut off with {some(found['unpacked'])}: the next installation finishes that", configure)
+    if found["light"]:
+        return warn(f"dpkg lacks a list of checksums of {some(found['light'])}", on(
+            wanted, "apt-get", "install", "--reinstall", found["light"][0]))
     return good("no package is half way")
 
 
-def audited(text: str) -> tuple[list[str], list[str]]:
-    """Packages in ``dpkg --audit``, grave and harmless. A section is a paragraph of prose, then indented names."""
-    grave: list[str] = []
-    light: list[str] = []
+def audited(text: str) -> dict[str, list[str]]:
+    """Packages in ``dpkg --audit``: ``grave``, ``unpacked``, which apt configures by itself as it installs, ``light``.
+
+    A section is a paragraph of prose, then indented names.
+    """
+    found: dict[str, list[str]] = {"grave": [], "unpacked": [], "light": []}
     prose = ""
     for line in text.splitlines():
         if line.startswith(" ") and line.strip():
-            (light if any(mark in prose for mark in HARMLESS) else grave).append(line.split()[0].partition(":")[0])
+            kind = "light" if any(mark in prose for mark in HARMLESS) else "unpacked" if UNPACKED in prose else "grave"
+            name = line.split()[0].partition(":")[0]
+            found["grave" if kind == "unpacked" and OURS.search(name) else kind].append(name)
         else:
             prose = line if not line.strip() else f"{prose} {line}"
-    return grave, light
+    return found
 
 
 def dpkg_lock(captured: Captured, wanted: Wanted) -> Judged:

@@ -118,8 +118,8 @@ def test_captures_of_another_host_are_a_mistake() -> None:
 def test_what_stops_a_provision_is_a_short_list() -> None:
     stopping = {path.parent.name for path in cases() if load(path).stops}
     assert stopping == {"apt-sources", "disk-system", "disk-weights", "dpkg-state", "driver-dependents",
-                        "driver-flavour", "driver-run-file", "driver-version", "exporter-port", "gpu-count", "gpu-model",
-                        "mok"}
+                        "driver-flavour", "driver-run-file", "driver-version", "exporter-port", "gpu-count",
+                        "gpu-model", "mok"}
 
 
 def test_commands_can_be_typed_as_they_stand() -> None:
