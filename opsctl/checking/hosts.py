@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from opsctl.agent import manifest as manifests
 from opsctl.checking.model import Captured, Finding, Wanted
+from opsctl.checking.sending import ask
 from opsctl.checking.table import counts, findings_for, unreachable
 from opsctl.engines.events import Emit, PhaseStarted, TaskResult, discard, one_at_a_time
 from opsctl.engines.session import Session, on_each
@@ -19,7 +19,6 @@ from opsctl.fleet.model import Fleet, Host
 from opsctl.fleet.placements import gateway, gateway_url
 
 PROBE = Path(__file__).with_name("probe.py")
-TIMEOUT_S = 120.0  # the probe gives itself a minute
 SAMPLES = 5  # commands that are timed; the median counts
 
 
@@ -60,18 +59,7 @@ def ask_probe(session: Session, wanted: Wanted, *, apt: bool = True, sudo: bool 
     Raises:
         OpsctlError: as ``capture``.
     """
-    host = session.host
-    asked = json.dumps({"gateway": wanted.gateway, "apt": apt})
-    done = session.run(["python3", "-", asked], stdin=PROBE.read_bytes(), timeout_s=TIMEOUT_S, sudo=sudo)
-    if done.returncode in (126, 127):
-        raise RefusedError("check.no_python", f"{host.name}: there is no python3, which everything here needs.",
-                           hint=f"ssh -F .opsctl/ssh_config {host.name} sudo apt-get install python3")
-    try:
-        return Captured(json.loads(done.stdout), None)
-    except ValueError:
-        raise OpsctlError("check.no_probe", f"{host.name}: the probe ended with exit code {done.returncode} and no "
-                          "answer.", hint=f"opsctl exec --limit {host.name} -- python3 --version   (3.8 or newer)",
-                          log_tail=done.stderr.splitlines()[-5:]) from None
+    return Captured(ask(session, PROBE, {"gateway": wanted.gateway, "apt": apt}, "check", sudo=sudo), None)
 
 
 def wanted_of(fleet: Fleet, host: Host) -> Wanted:

@@ -1,10 +1,10 @@
-"""Prints as JSON what a host's programs and files say, judged elsewhere. One file, Python 3.8, standard library only.
+"""Prints as JSON what a host's programs and files say, judged elsewhere. Python 3.8, standard library only.
 
-Runs as ``python3 - '{"gateway": "http://...", "apt": true}'``, best as root. Changes nothing: apt looks at its sources
-in a scratch folder, which goes again, and only where ``apt`` does not say false: silent sources take their time. Never
-hangs: whatever may (programs, and files of the GPUs' driver through ``cat``) is a child with a deadline, and one that
-not even SIGKILL ends (a driver that hangs) is left behind. ``/proc/PID/cmdline`` is not read: that can block on a
-process that hangs.
+Sent as one file with ``probe_common.py`` before it, and run as ``python3 - '{"gateway": "http://...", "apt": true}'``,
+best as root. Changes nothing: apt looks at its sources in a scratch folder, which goes again, and only where ``apt``
+does not say false: silent sources take their time. Never hangs: whatever may (programs, and files of the GPUs' driver
+through ``cat``) is a child with a deadline, and one that not even SIGKILL ends (a driver that hangs) is left behind.
+``/proc/PID/cmdline`` is not read: that can block on a process that hangs.
 
 Printed: ``commands`` (by name: ``exit``, None when it ran past its deadline; ``out``, both streams), ``files`` (text by
 path), ``kernels``, ``pci``, ``disks`` (bytes), ``locks``, ``listeners``, ``gpu_users``, ``owners`` and ``bundle``.
@@ -12,29 +12,27 @@ path), ``kernels``, ``pci``, ``disks`` (bytes), ``locks``, ``listeners``, ``gpu_
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import glob
 import json
 import os
 import re
 import shutil
-import signal
 import struct
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from opsctl.checking.probe_common import files_of, kernels, read, run
 
 if TYPE_CHECKING:  # Python 3.8 would not evaluate it
     Said = dict[str, Any]
 
 DEADLINE_S = 60.0  # for all of it; the slowest single one is nvidia-smi that has to wake up 16 GPUs
-LIMIT = 400000  # characters kept of one text: the XML of 16 GPUs without their clocks is a fifth of that
 FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, pid
 LOCKS = ("/var/lib/dpkg/lock-frontend", "/var/lib/dpkg/lock", "/var/lib/apt/lists/lock")
 PORTS = (9400,)
@@ -43,7 +41,6 @@ PACKAGES = ("nvidia-*", "libnvidia-*", "libcuda1", "cuda-drivers*", "xserver-xor
 TIME_SERVICES = ("systemd-timesyncd", "chrony", "chronyd", "ntpsec", "ntp", "ntpd", "openntpd")
 FILES = ("/etc/os-release", "/proc/cmdline", "/proc/meminfo", "/proc/swaps", "/proc/modules",
          "/proc/sys/vm/overcommit_memory", "/lib/modules/lab/nvidia.version")
-SECURE_BOOT = "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 # Where Debian and Ubuntu keep the key that DKMS signs modules with.
 MOK_KEYS = ("/var/lib/shim-signed/mok/MOK.der", "/var/lib/dkms/mok.pub")
 RUN_FILE_MARKS = ("/usr/bin/nvidia-uninstall", "/usr/bin/nvidia-installer")
@@ -66,62 +63,9 @@ Acquire::IndexTargets::deb-src::Sources::DefaultEnabled "false";
 """
 
 
-def run(argv: Sequence[str], timeout_s: float) -> Said:
-    """``{"exit", "out"}`` of a program; ``exit`` is None past the deadline, 127 where there is no such program."""
-    environment = dict(os.environ, LC_ALL="C.UTF-8", LANGUAGE="", DEBIAN_FRONTEND="noninteractive")
-    environment["PATH"] = environment.get("PATH", "") + ":/usr/sbin:/sbin:/usr/bin:/bin"
-    try:
-        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                 env=environment, start_new_session=True)
-    except OSError:
-        return {"exit": 127, "out": ""}
-    try:
-        out, _ = child.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired as late:
-        out = late.output or b""
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # in the kernel nobody ends it from here
-            os.killpg(child.pid, signal.SIGKILL)
-            rest, _ = child.communicate(timeout=1.0)
-            out = rest or out
-        return {"exit": None, "out": text(out)}
-    return {"exit": child.returncode, "out": text(out)}
-
-
-def text(raw: bytes) -> str:
-    return raw.decode("utf-8", "replace")[:LIMIT]
-
-
-def read(path: str) -> str | None:
-    """The text of a file, None where it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return text(file.read(LIMIT))
-    except OSError:
-        return None
-
-
 def files() -> dict[str, str]:
-    found: dict[str, str | None] = {path: read(path) for path in FILES}
-    with contextlib.suppress(OSError), open(SECURE_BOOT, "rb") as file:
-        found[SECURE_BOOT] = file.read(8).hex()
-    found["/sys/firmware/efi"] = "" if os.path.isdir("/sys/firmware/efi") else None
-    for path in glob.glob("/etc/apt/sources.list.d/opsctl.sources"):
-        found[path] = read(path)
+    found = files_of((*FILES, *glob.glob("/etc/apt/sources.list.d/opsctl.sources")))
     return {path: said for path, said in sorted(found.items()) if said is not None}
-
-
-def kernels() -> Said:
-    """Every kernel that could boot, and the one that boots next: what the distribution's symlink names."""
-    running = os.uname().release
-    following = ""
-    for link in ("/vmlinuz", "/boot/vmlinuz"):
-        if os.path.islink(link):
-            following = os.path.basename(os.readlink(link)).partition("vmlinuz-")[2]
-            break
-    names = {os.path.basename(path).partition("-")[2] for path in glob.glob("/boot/vmlinuz-*")}
-    return {"running": running, "next": following, "installed": [
-        {"release": name, "modules": os.path.isdir("/lib/modules/" + name),
-         "headers": os.path.isdir(f"/lib/modules/{name}/build/")} for name in sorted(names | {running})]}
 
 
 def pci() -> list[Said]:

@@ -12,7 +12,7 @@ from opsctl.cli.speak import AsJson, Debug, Inventory, Limit, find_inventory, sp
 from opsctl.errors import ExitCode, OpsctlError
 
 if TYPE_CHECKING:
-    from opsctl.drifting.differences import Difference, Drift
+    from opsctl.drifting.model import Difference, Drift
 
 NOBODY = "no log that is kept tells who"
 

@@ -6,26 +6,24 @@ stack.lock or the inventory say now; each function below is one layer.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
 from datetime import date
 from fnmatch import fnmatchcase
-from typing import Any
 
-from opsctl.checking.model import Captured, Wanted, on, provision, shell
+from opsctl.checking.model import Captured, on, shell
 from opsctl.checking.reading import gpus_on_bus, key_values, loaded, switches_on_bus
-from opsctl.drifting.booting import Kernel, Next, installed_kernels, module_on_disk, next_boot
-from opsctl.drifting.history import Culprit, History, read_history
+from opsctl.drifting.booting import installed_kernels, module_on_disk, next_boot
+from opsctl.drifting.history import Culprit
+from opsctl.drifting.model import NOT_THERE, Difference, Drift, Expected, Seen
+from opsctl.drifting.reading import RECORD, read
 from opsctl.stack.driver import PIN, Desired, members, unwanted
 from opsctl.stack.knowledge import knowledge
-from opsctl.stack.lock import Entry, HostFacts, holds
+from opsctl.stack.lock import HostFacts, holds
 from opsctl.stack.versions import driver_in
 from opsctl.verifying import Wrong, check_hold
 
-RECORD = "/etc/opsctl/driver.json"
 BLACKLIST = "/etc/apt/apt.conf.d/51opsctl-nvidia"
 ROW = re.compile(r"\s*\d[\d.]+, *[0-9A-Fa-f:.]+, *(GPU-\S+)\s*$")
 LIBRARY = re.compile(r"\.so\.(\d{3,4}\.\d+(?:\.\d+)?)$")
@@ -33,92 +31,6 @@ LIBRARY = re.compile(r"\.so\.(\d{3,4}\.\d+(?:\.\d+)?)$")
 BRINGS = {"libnvidia-ml.so.1": ("libnvidia-ml1", "libnvidia-compute"),
           "libcuda.so.1": ("libcuda1", "libnvidia-compute")}
 ENABLED = ("enabled", "enabled-runtime", "static", "alias", "indirect", "generated", "linked")
-NOT_THERE = "not installed"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """``wanted`` and ``found`` are for people; ``culprit``: None where nothing tells who it was."""
-
-    layer: str
-    what: str
-    wanted: str
-    found: str
-    culprit: Culprit | None
-    fix: str
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What is wanted of a host, beside what stands on it.
-
-    ``source``: who names the driver, for sentences; ``entry``: the host's in stack.lock; ``patterns``: names that may
-    be a driver's; ``blacklist``: the text of ``BLACKLIST``; ``packages``, ``holds``: those of its roles; ``bundle``:
-    versions by package, None where hosts do not take their packages from there.
-    """
-
-    wanted: Wanted
-    source: str = "the inventory"
-    entry: Entry | None = None
-    patterns: tuple[str, ...] = ()
-    blacklist: str = ""
-    packages: tuple[str, ...] = ()
-    holds: tuple[str, ...] = ()
-    bundle: Mapping[str, set[str]] | None = None
-
-
-@dataclass(frozen=True)
-class Package:
-    """A package as dpkg knows it. ``want``: ``install``, ``hold``; ``state``: ``installed``, ``half-configured``."""
-
-    version: str
-    want: str
-    state: str
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A host's capture, read."""
-
-    captured: Captured
-    expected: Expected
-    packages: Mapping[str, Package]
-    history: History
-    record: Desired | None
-    changed: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def mend(self) -> str:
-        return provision(self.expected.wanted)
-
-    def found(self, name: str) -> str:
-        """A package in words."""
-        there = self.packages.get(name)
-        if there is None:
-            return NOT_THERE
-        return there.version if there.state == "installed" else f"{there.version}, {there.state}"
-
-    def is_held(self, name: str) -> bool:
-        return self.packages[name].want == "hold"
-
-
-@dataclass(frozen=True)
-class Drift:
-    """All that is to be said of a host. ``skipped``: why nothing is; ``unknown``: what did not answer in time."""
-
-    differences: tuple[Difference, ...] = ()
-    kernels: tuple[Kernel, ...] = ()
-    boot: Next | None = None
-    driver: str = ""
-    skipped: str = ""
-    unknown: tuple[str, ...] = ()
-
-    def as_document(self) -> dict[str, Any]:
-        return {"differences": [{**asdict(one), "culprit": asdict(one.culprit) | {"words": one.culprit.words}
-                                 if one.culprit else None} for one in self.differences],
-                "driver": self.driver, "skipped": self.skipped, "unknown": list(self.unknown),
-                "next_boot": asdict(self.boot) if self.boot else None,
-                "kernels": [asdict(one) for one in self.kernels]}
 
 
 def drift_of(captured: Captured, expected: Expected) -> Drift:
@@ -132,32 +44,6 @@ def drift_of(captured: Captured, expected: Expected) -> Drift:
         return Drift(differences(seen), unknown=unknown)
     return Drift(differences(seen), installed_kernels(captured, seen.record), next_boot(captured), seen.record.version,
                  unknown=unknown)
-
-
-def read(captured: Captured, expected: Expected) -> Seen:
-    logs = captured.document.get("logs", {})
-    history = read_history(logs.get("history", ""), logs.get("dpkg", ""), captured.out("typed"))
-    return Seen(captured, expected, packages_in(captured.out("dpkg-list")), history,
-                read_record(captured.file(RECORD)), captured.document.get("changed", {}))
-
-
-def read_record(text: str | None) -> Desired | None:
-    """What provision left; None where there is no such file, or what is in it is no record."""
-    try:
-        found = json.loads(text or "")
-        return Desired(str(found["version"]), found["flavour"], bool(found["fabric_manager"]), str(found["pin"]),
-                       {str(name): str(version) for name, version in found["packages"].items()}, tuple(found["own"]))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def packages_in(listed: str) -> dict[str, Package]:
-    """dpkg's list; what is gone but for its configuration is not there, nor is another architecture's."""
-    found = {}
-    for row in (line.split("\t") for line in listed.splitlines()):
-        if len(row) == 5 and row[1] in ("amd64", "all") and row[4] not in ("not-installed", "config-files"):
-            found[row[0]] = Package(row[2], row[3], row[4])
-    return found
 
 
 def differences(seen: Seen) -> tuple[Difference, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -14,7 +13,9 @@ import yaml
 
 from opsctl.checking.hosts import wanted_of
 from opsctl.checking.model import Captured
-from opsctl.drifting.differences import Drift, Expected, drift_of
+from opsctl.checking.sending import ask
+from opsctl.drifting.differences import drift_of
+from opsctl.drifting.model import Drift, Expected
 from opsctl.engines.events import Emit, PhaseStarted, TaskResult, discard, one_at_a_time
 from opsctl.engines.session import Session, on_each
 from opsctl.errors import OpsctlError, RefusedError
@@ -28,7 +29,6 @@ from opsctl.stack.lock import Lock
 from opsctl.verifying import codename_in, versions_in
 
 PROBE = Path(__file__).with_name("probe.py")
-TIMEOUT_S = 120.0  # the probe gives itself a minute
 NEEDED = ("files", "kernels")  # readings without which nothing can be said
 
 
@@ -65,17 +65,7 @@ def capture(session: Session, packages: Sequence[str]) -> Captured:
             the probe, or dpkg, does not.
     """
     host = session.host.name
-    asked = json.dumps({"packages": list(dict.fromkeys(packages))})
-    done = session.run(["python3", "-", asked], stdin=PROBE.read_bytes(), timeout_s=TIMEOUT_S)
-    if done.returncode in (126, 127):
-        raise RefusedError("drift.no_python", f"{host}: there is no python3, which everything here needs.",
-                           hint=f"ssh -F .opsctl/ssh_config {host} sudo apt-get install python3")
-    try:
-        captured = Captured(json.loads(done.stdout))
-    except ValueError:
-        raise OpsctlError("drift.no_probe", f"{host}: the probe ended with exit code {done.returncode} and no answer.",
-                          hint=f"opsctl exec --limit {host} -- python3 --version   (3.8 or newer)",
-                          log_tail=done.stderr.splitlines()[-5:]) from None
+    captured = Captured(ask(session, PROBE, {"packages": list(dict.fromkeys(packages))}, "drift"))
     late = [name for name in NEEDED if name in captured.document.get("late", ())]
     if captured.exit("dpkg-list") in (None, 127) or late:
         what = ", ".join(late) or "dpkg"

@@ -1,8 +1,9 @@
 """Prints as JSON what a host has of packages, driver and kernels, and what apt's and dpkg's logs say of them.
 
-One file, Python 3.8, standard library only. Runs as ``python3 - '{"packages": ["*nvidia*", "haproxy"]}'``, best as
-root: ``packages`` are names and patterns. Changes nothing, and decides nothing. Never hangs: programs have deadlines
-and run side by side, files are read by threads that are left behind when they do not come back.
+Python 3.8, standard library only; sent as one file with opsctl/checking/probe_common.py before it. Runs as
+``python3 - '{"packages": ["*nvidia*", "haproxy"]}'``, best as root: ``packages`` are names and patterns. Changes
+nothing, and decides nothing. Never hangs: programs have deadlines and run side by side, files are read by threads that
+are left behind when they do not come back.
 
 Printed: ``commands`` (by name: ``exit``, None when it ran past its deadline; ``out``), ``files`` (text by path),
 ``changed`` (when files were last written), ``kernels``, ``pci``, ``libraries`` (what their links name), ``logs`` (the
@@ -18,8 +19,6 @@ import gzip
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -27,11 +26,12 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from opsctl.checking.probe_common import files_of, kernels, read, run
+
 if TYPE_CHECKING:  # Python 3.8 would not evaluate it
     Said = dict[str, Any]
 
 DEADLINE_S = 60.0
-LIMIT = 400000  # characters kept of one text
 LOG_LIMIT = 64 * 2**20  # bytes read of one log, unpacked: a year of a busy host is a tenth of that
 LOGS = "/var/log"
 HISTORY, DPKG = "apt/history.log", "dpkg.log"
@@ -39,7 +39,6 @@ RECORD = "/etc/opsctl/driver.json"
 BLACKLIST = "/etc/apt/apt.conf.d/51opsctl-nvidia"
 FILES = (RECORD, BLACKLIST, "/etc/os-release", "/proc/meminfo", "/proc/cmdline", "/boot/grub/grub.cfg",
          "/boot/grub/grubenv", "/boot/grub2/grub.cfg", "/boot/grub2/grubenv", "/lib/modules/lab/nvidia.version")
-SECURE_BOOT = "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 LIBRARIES = ("libnvidia-ml.so.1", "libcuda.so.1")
 LIBRARY_FOLDERS = ("/usr/lib/x86_64-linux-gnu", "/usr/lib64")
 UNITS = ("nvidia-persistenced.service", "nvidia-fabricmanager.service")
@@ -52,45 +51,8 @@ CHANGES = re.compile(r"\S+ \S+ (?:install|upgrade|remove|purge|disappear) ([^ :]
 TYPED = r"(COMMAND=|\"argv\":).*(apt-mark|apt-get|aptitude|/apt|dpkg|dkms|unhold|\.deb|51opsctl|preferences\.d)"
 
 
-def run(argv: Sequence[str], timeout_s: float) -> Said:
-    """``{"exit", "out"}`` of a program; ``exit`` is None past the deadline, 127 where there is no such program."""
-    environment = dict(os.environ, LC_ALL="C.UTF-8", LANGUAGE="")
-    environment["PATH"] = environment.get("PATH", "") + ":/usr/sbin:/sbin:/usr/bin:/bin"
-    try:
-        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                 env=environment, start_new_session=True)
-    except OSError:
-        return {"exit": 127, "out": ""}
-    try:
-        out, _ = child.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired as late:
-        out = late.output or b""
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # in the kernel nobody ends it from here
-            os.killpg(child.pid, signal.SIGKILL)
-            rest, _ = child.communicate(timeout=1.0)
-            out = rest or out
-        return {"exit": None, "out": text(out)}
-    return {"exit": child.returncode, "out": text(out)}
-
-
-def text(raw: bytes) -> str:
-    return raw.decode("utf-8", "replace")[:LIMIT]
-
-
-def read(path: str) -> str | None:
-    """The text of a file, None where it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return text(file.read(LIMIT))
-    except OSError:
-        return None
-
-
 def files() -> dict[str, str]:
-    found: dict[str, str | None] = {path: read(path) for path in FILES}
-    with contextlib.suppress(OSError), open(SECURE_BOOT, "rb") as file:
-        found[SECURE_BOOT] = file.read(8).hex()
-    found["/sys/firmware/efi"] = "" if os.path.isdir("/sys/firmware/efi") else None
+    found = files_of(FILES)
     found["/etc/opsctl"] = "" if os.path.isdir("/etc/opsctl") else None
     return {path: said for path, said in sorted(found.items()) if said is not None}
 
@@ -107,21 +69,6 @@ def changed() -> dict[str, str]:
 def moment(seconds: float) -> str:
     """As dpkg and apt write times."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
-def kernels() -> Said:
-    """Every kernel that could boot, and what the distribution's link names."""
-    running = os.uname().release
-    following = ""
-    for link in ("/vmlinuz", "/boot/vmlinuz"):
-        if os.path.islink(link):
-            following = os.path.basename(os.readlink(link)).partition("vmlinuz-")[2]
-            break
-    images = {os.path.basename(path).partition("-")[2] for path in glob.glob("/boot/vmlinuz-*")}
-    return {"running": running, "next": following, "installed": [
-        {"release": name, "image": name in images,
-         "modules": os.path.exists(f"/lib/modules/{name}/modules.dep") or os.path.isdir(f"/lib/modules/{name}/kernel"),
-         "headers": os.path.isdir(f"/lib/modules/{name}/build/")} for name in sorted(images | {running})]}
 
 
 def pci() -> list[Said]:

@@ -16,8 +16,9 @@ from check_kit import overlaid
 
 from opsctl.checking.model import Captured, Wanted
 from opsctl.drifting import probe
-from opsctl.drifting.differences import Drift, Expected, drift_of
+from opsctl.drifting.differences import drift_of
 from opsctl.drifting.hosts import blacklist, role_variables
+from opsctl.drifting.model import Drift, Expected
 
 FIXTURES = Path(__file__).parent / "fixtures" / "drift"
 VERSION, OTHER = "580.126.09", "595.71.05"

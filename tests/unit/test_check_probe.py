@@ -22,6 +22,7 @@ from opsctl.agent.manifest import MANIFEST, Engine, Release, ReleaseFile
 from opsctl.checking import probe
 from opsctl.checking.hosts import PROBE, check_hosts, sizes, wanted_of
 from opsctl.checking.model import Captured, Wanted
+from opsctl.checking.sending import program
 from opsctl.checking.table import findings_for
 from opsctl.cli import main
 from opsctl.engines.events import Event, TaskResult
@@ -37,7 +38,7 @@ def probed(folder: Path, argument: str = "{}", **environment: str) -> dict[str, 
     (folder / "apt.conf").write_text(f'Dir::Etc::sourcelist "{folder}/x.list";\nDir::Etc::sourceparts "/dev/null";\n')
     (folder / "x.list").touch()
     (folder / "tmp").mkdir(exist_ok=True)
-    done = subprocess.run([sys.executable, "-", argument], input=PROBE.read_bytes(), capture_output=True, check=True,
+    done = subprocess.run([sys.executable, "-", argument], input=program(PROBE), capture_output=True, check=True,
                           env={**os.environ, "TMPDIR": str(folder / "tmp"), "APT_CONFIG": str(folder / "apt.conf"),
                                **environment})
     assert done.stderr == b""
@@ -78,7 +79,7 @@ def test_real_apt_says_that_a_source_is_silent_and_that_one_is_not_signed(tmp_pa
 
 
 def test_the_probe_is_python_3_8() -> None:
-    tree = ast.parse(PROBE.read_text(encoding="utf-8"), feature_version=(3, 8))
+    tree = ast.parse(program(PROBE).decode(), feature_version=(3, 8))
     newer = {"removeprefix", "removesuffix", "readlink", "batched", "pairwise"}  # methods of 3.9 and later
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert used & newer <= {"readlink"}, "os.readlink is old"
@@ -159,7 +160,7 @@ def test_a_silent_host_is_a_finding_and_the_others_are_told(tmp_path: Path, serv
     fleet = fleet_of(tmp_path, server, client_key)
     heard: list[Event] = []
     found = check_hosts(fleet, fleet.hosts, heard.append)
-    assert (tmp_path / "heard").read_bytes() == PROBE.read_bytes()
+    assert (tmp_path / "heard").read_bytes() == program(PROBE)
     assert list(found) == ["gpu-1", "gpu-2"]
     said = {one.id: one for one in found["gpu-1"]}
     assert (said["dpkg-lock"].verdict, said["ssh-latency"].verdict) == ("pass", "pass")

@@ -13,6 +13,7 @@ from session_server import Server, make_key, serving
 from typer.testing import CliRunner
 
 from opsctl.checking.model import Captured
+from opsctl.checking.sending import program
 from opsctl.cli import main
 from opsctl.cli.drift import document, render, verdict
 from opsctl.drifting.differences import drift_of
@@ -57,7 +58,7 @@ def test_a_silent_host_is_named_and_the_others_are_compared(tmp_path: Path, serv
     fleet = fleet_of(tmp_path, server, client_key)
     heard: list[Event] = []
     found = drift_of_hosts(fleet, fleet.hosts, heard.append)
-    assert (tmp_path / "heard").read_bytes() == PROBE.read_bytes()
+    assert (tmp_path / "heard").read_bytes() == program(PROBE)
     assert {"*nvidia*", "libcuda1", "ca-certificates", "nginx-light"} <= set(json.loads((
         tmp_path / "asked").read_text())["packages"])
     one, silent = found["gpu-1"], found["gpu-2"]

@@ -16,10 +16,13 @@ import pytest
 from drift_kit import FIXTURES, OTHER, PIN, PREFERENCES, VERSION, Root, expected
 
 from opsctl.checking.model import Captured
+from opsctl.checking.sending import program
 from opsctl.drifting import probe
-from opsctl.drifting.differences import Difference, differences, drift_of, read
+from opsctl.drifting.differences import differences, drift_of
 from opsctl.drifting.history import logged, read_history, transactions
 from opsctl.drifting.hosts import PROBE
+from opsctl.drifting.model import Difference
+from opsctl.drifting.reading import read
 
 LOGS = FIXTURES / "logs"
 PYTHONS = [sys.executable, *([path] if (path := shutil.which("python3.8")) and subprocess.run(
@@ -33,7 +36,7 @@ def test_the_probe_runs_here_and_its_words_are_compared(python: str) -> None:
     watched = [Path(path) for path in ("/var/lib/dpkg", "/var/log", "/var/lib/apt/lists") if Path(path).is_dir()]
     before = [path.stat().st_mtime_ns for path in watched]
     done = subprocess.run([python, "-", '{"packages": ["*nvidia*", "ca-certificates", "no-such-package"]}'],
-                          input=PROBE.read_bytes(), capture_output=True, check=True, timeout=90)
+                          input=program(PROBE), capture_output=True, check=True, timeout=90)
     assert [path.stat().st_mtime_ns for path in watched] == before
     assert done.stderr == b""
     document = json.loads(done.stdout)
@@ -52,7 +55,7 @@ def test_the_probe_runs_here_and_its_words_are_compared(python: str) -> None:
 
 
 def test_the_probe_is_python_3_8() -> None:
-    tree = ast.parse(PROBE.read_text(encoding="utf-8"), feature_version=(3, 8))
+    tree = ast.parse(program(PROBE).decode(), feature_version=(3, 8))
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert used & {"removeprefix", "removesuffix", "readlink", "batched", "pairwise"} <= {"readlink"}
     imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
