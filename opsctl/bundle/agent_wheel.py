@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import opsctl
-from opsctl.bundle.engine_wheels import WantedLock, wanted_lock
+from opsctl.bundle.engine_wheels import DEFAULT_TARGET, Target, WantedLock, wanted_lock
 from opsctl.bundle.process import last_lines, run
 from opsctl.errors import OpsctlError
 from opsctl.resources import PACKAGE
@@ -77,9 +77,9 @@ def requirement_line(wheel: Path) -> str:
     return f"{NAME}=={version} --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n"
 
 
-def agent_lock(package: Path = PACKAGE) -> WantedLock:
+def agent_lock(package: Path = PACKAGE, target: Target = DEFAULT_TARGET) -> WantedLock:
     """What the agent's wheel needs, locked. It holds wheels for any Python only, so one lock serves every host."""
-    return wanted_lock("agent.lock", (package / LOCK).read_text(encoding="utf-8"))
+    return wanted_lock("agent.lock", (package / LOCK).read_text(encoding="utf-8"), target)
 
 
 def requirements(wheel: Path) -> str:

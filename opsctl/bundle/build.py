@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +19,14 @@ from opsctl.bundle import sums
 from opsctl.bundle.agent_wheel import agent_lock, build_agent_wheel, requirements
 from opsctl.bundle.cache import one_build_at_a_time
 from opsctl.bundle.closure import Closure, download_closure, union
-from opsctl.bundle.drivers import download_drivers, driver_names, drivers_of_inventory
-from opsctl.bundle.engine_wheels import WantedLock, fetch_engine_wheels, release_locks, shipped_locks
+from opsctl.bundle.drivers import download_drivers, driver_names, drivers_wanted
+from opsctl.bundle.engine_wheels import WantedLock, fetch_engine_wheels, release_locks, shipped_locks, targets_of
 from opsctl.bundle.keys import checking, signing
 from opsctl.bundle.packages import role_packages
 from opsctl.bundle.process import require_program
 from opsctl.bundle.repository import write_repository
-from opsctl.bundle.vendor_packages import download_sets, sets_of_inventory
+from opsctl.bundle.suites import Suite, Wanted, wanted_by_inventory
+from opsctl.bundle.vendor_packages import download_sets, sets_wanted
 from opsctl.bundle.verify import AGENT_REQUIREMENT, FOLDERS, SIGNATURE, SUMS, SWITCHING, verify_bundle
 from opsctl.engines.events import Emit, PhaseStarted, discard
 from opsctl.errors import RefusedError
@@ -37,10 +38,11 @@ NAMES = (*FOLDERS, SUMS, SIGNATURE)
 
 @dataclass(frozen=True)
 class Built:
-    """What a build made or found."""
+    """What a build made or found; ``packages`` of all ``suites`` together."""
 
     bundle: Path
     changed: bool
+    suites: tuple[str, ...]
     packages: int
     package_bytes: int
     wheels: tuple[str, ...]
@@ -52,38 +54,32 @@ def build_bundle(fleet_directory: Path, bundle: Path, emit: Emit = discard, *, i
                  packages: Sequence[str] | None = None, locks: Sequence[WantedLock] | None = None) -> Built:
     """Makes or renews the bundle; a bundle that holds the same already is left as it is, byte for byte.
 
-    ``inventory``: names drivers and the like; None: there are none to be brought. ``packages`` and ``locks`` stand
+    ``inventory``: names releases, drivers and the like; None: a Debian 12 without any. ``packages`` and ``locks`` stand
     in for what the roles install and the locks of engines and releases.
 
     Raises:
-        ConfigurationError: a role's package list or an engine's lock is malformed.
-        RefusedError: something that a build needs is not here; the bundle is as it was.
+        ConfigurationError: a role's package list or an engine's lock is malformed, or a host's variable is wrong.
+        RefusedError: a host takes packages from the bundle and runs no Debian (``bundle.no_suite``); or something that
+            a build needs is not here. The bundle is as it was.
         OpsctlError: a download broke off or a tool failed; the bundle is as it was.
     """
     began = time.monotonic()
     home, trusted_key = fleet_directory / "keys" / "bundle", fleet_directory / "trust" / "bundle.asc"
-    wanted = tuple(packages) if packages is not None else role_packages(resource("roles"))
-    shipped = [agent_lock(), *shipped_locks(PACKAGE / "serving")]
-    wanted_locks = locks if locks is not None else [*shipped, *release_locks(bundle)]
-    names = driver_names(resource("roles"))
-    drivers = drivers_of_inventory(inventory, names["vendor"].own) if inventory else ()
-    sets = sets_of_inventory(inventory) if inventory else ()
+    roots = tuple(packages) if packages is not None else role_packages(resource("roles"))
+    wanted = wanted_by_inventory(inventory)
+    targets = targets_of(wanted.systems)
+    shipped = [*(agent_lock(target=target) for target in targets), *shipped_locks(PACKAGE / "serving", targets)]
+    wanted_locks = locks if locks is not None else [*shipped, *release_locks(bundle, targets)]
     with one_build_at_a_time(emit):
         _able_to_sign(home, trusted_key)
         finish_switch(bundle)
         try:
-            emit(PhaseStarted("Debian packages"))
-            closure = download_closure(wanted, emit)
-            if drivers:
-                emit(PhaseStarted("Drivers"))
-                closure = union([closure, *download_drivers(drivers, names, fleet_directory, emit)])
-            if sets:
-                emit(PhaseStarted("Container toolkit and CUDA"))
-                closure = union([closure, *download_sets(sets, fleet_directory, emit)])
+            closures = {suite.system.codename: _closure(suite, wanted, roots, fleet_directory, emit)
+                        for suite in wanted.suites}
             emit(PhaseStarted("Wheels"))
             wheels = _wheels(bundle / NEW / "wheels", wanted_locks, emit)
             emit(PhaseStarted("Index, sign, verify"))
-            changed = _sign(bundle, closure, home, trusted_key, emit)
+            changed = _sign(bundle, closures, home, trusted_key, emit)
             if changed:
                 verify_bundle(bundle / NEW, trusted_key, emit)
                 switch(bundle)
@@ -91,7 +87,8 @@ def build_bundle(fleet_directory: Path, bundle: Path, emit: Emit = discard, *, i
             if not (bundle / SWITCHING).exists() and (bundle / NEW).exists():
                 shutil.rmtree(bundle / NEW)
         verified = verify_bundle(bundle, trusted_key, emit)
-    return Built(bundle, changed, len(closure.debs), closure.size, wheels, verified.signed_by,
+    return Built(bundle, changed, tuple(closures), sum(len(closure.debs) for closure in closures.values()),
+                 sum(closure.size for closure in closures.values()), wheels, verified.signed_by,
                  time.monotonic() - began)
 
 
@@ -119,6 +116,22 @@ def finish_switch(bundle: Path) -> None:
             shutil.rmtree(bundle / leftover)
 
 
+def _closure(suite: Suite, wanted: Wanted, roots: Sequence[str], fleet_directory: Path, emit: Emit) -> Closure:
+    """All packages of a suite."""
+    names = driver_names(resource("roles"))
+    drivers, sets = drivers_wanted(suite, wanted, names["vendor"].own), sets_wanted(suite, wanted)
+    release = f" for {suite.system.name}"
+    emit(PhaseStarted("Debian packages" + release))
+    closure = download_closure(roots, suite.system, emit)
+    if drivers:
+        emit(PhaseStarted("Drivers" + release))
+        closure = union([closure, *download_drivers(drivers, suite.system, names, fleet_directory, emit)])
+    if sets:
+        emit(PhaseStarted("Container toolkit and CUDA" + release))
+        closure = union([closure, *download_sets(sets, suite.system, fleet_directory, emit)])
+    return closure
+
+
 def _wheels(out: Path, locks: Sequence[WantedLock], emit: Emit) -> tuple[str, ...]:
     out.mkdir(parents=True)
     engines = fetch_engine_wheels(locks, out, emit)
@@ -127,11 +140,12 @@ def _wheels(out: Path, locks: Sequence[WantedLock], emit: Emit) -> tuple[str, ..
     return (agent.name, *engines)
 
 
-def _sign(bundle: Path, closure: Closure, home: Path, trusted_key: Path, emit: Emit) -> bool:
+def _sign(bundle: Path, closures: Mapping[str, Closure], home: Path, trusted_key: Path, emit: Emit) -> bool:
     """Indexes, sums up and signs what lies in ``.new``; False when the bundle in place is the same already."""
     new = bundle / NEW
     with signing(home) as signer, checking(trusted_key) as checker:
-        write_repository(new / "apt", closure, signer, previous=bundle / "apt", checker=checker)
+        for codename, closure in closures.items():
+            write_repository(new / "apt", codename, closure, signer, previous=bundle / "apt", checker=checker)
         text = sums.render(sums.digests(new, [path for path, _ in sums.regular_files(new, FOLDERS)], emit))
         if _is_already(bundle, text, trusted_key):
             return False

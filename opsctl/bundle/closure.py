@@ -1,4 +1,4 @@
-"""What goes into the bundle's pool: packages with all they depend on, for the hosts' release."""
+"""What goes into a suite's pool: packages with all they depend on, for the hosts' release."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opsctl.bundle.debs import Deb
-from opsctl.bundle.private_apt import ARCHITECTURE, CODENAME, PrivateApt
+from opsctl.bundle.private_apt import ARCHITECTURE, PrivateApt
 from opsctl.engines.events import Emit
+from opsctl.stack.knowledge import System
 
-__all__ = ["ARCHITECTURE", "CODENAME", "Closure", "Deb", "download_closure", "union"]
+__all__ = ["ARCHITECTURE", "Closure", "Deb", "download_closure", "union"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Closure:
         return sum(deb.size for deb in self.debs)
 
 
-def download_closure(packages: Sequence[str], emit: Emit) -> Closure:
+def download_closure(packages: Sequence[str], system: System, emit: Emit) -> Closure:
     """The packages and all they depend on, on disk and with the digests that the signed index names.
 
     Raises:
@@ -32,7 +33,7 @@ def download_closure(packages: Sequence[str], emit: Emit) -> Closure:
             unknown (``bundle.unknown_package``) or cannot be installed (``bundle.unmet_dependencies``).
         OpsctlError: the download broke off (``bundle.download_broke_off``); the same command goes on.
     """
-    apt = PrivateApt()
+    apt = PrivateApt(system)
     apt.update(emit)
     debs = apt.resolve(packages)
     apt.download(packages, debs, emit)

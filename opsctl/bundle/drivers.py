@@ -1,7 +1,7 @@
-"""The drivers in the bundle, the vendor's or Debian's: exactly those that the inventory names, each for itself.
+"""The drivers of a suite, the vendor's or Debian's: exactly those that its hosts name, each for itself.
 
 Drivers conflict with each other, and so do the two kernel modules of one, so each pair of version and flavour gets a
-run of apt of its own; the union of the files goes into the pool, where several versions of a package lie side by side.
+run of apt of its own; the union of the files goes into the suite's pool, several versions of a package side by side.
 """
 
 from __future__ import annotations
@@ -14,18 +14,15 @@ import yaml
 
 from opsctl.bundle.closure import Closure
 from opsctl.bundle.private_apt import PrivateApt
-from opsctl.bundle.vendor_sources import FOLDER, VendorSource, described, read_vendor_sources
+from opsctl.bundle.suites import Suite, Wanted
+from opsctl.bundle.vendor_sources import FOLDER, VendorSource, described, read_vendor_sources, serving
 from opsctl.engines.events import Emit, Note
 from opsctl.errors import RefusedError
-from opsctl.fleet.ansible_inventory import read_raw
-from opsctl.fleet.gpus import SOURCE, WantedDriver, wanted_drivers
-from opsctl.fleet.hosts import check_gpus
-from opsctl.fleet.inventory import stacks_in
-from opsctl.fleet.versions import check_versions, versions_as_text
+from opsctl.fleet.gpus import SOURCE, VERSION, WantedDriver, listed, wanted_drivers
 from opsctl.stack.driver import PIN, Names, members_of
 from opsctl.stack.fit import Flavour, Source
 from opsctl.stack.index import Index, drivers_of, package_version, parse_index
-from opsctl.stack.lock import FILE
+from opsctl.stack.knowledge import System
 from opsctl.stack.versions import nearest
 
 ROLE = "nvidia_driver"
@@ -42,26 +39,16 @@ def driver_names(roles: Path) -> Mapping[Source, Names]:
     return {"vendor": vendor, "debian": replace(vendor, **debian)}
 
 
-def drivers_of_inventory(inventory: Path, own: Sequence[str]) -> tuple[WantedDriver, ...]:
-    """What the hosts of an inventory name; empty for a fleet that leaves its drivers alone.
+def drivers_wanted(suite: Suite, wanted: Wanted, own: Sequence[str]) -> tuple[WantedDriver, ...]:
+    """What the hosts of a suite name; empty for those that leave their drivers alone.
 
     ``own``: the role's default of the packages that come with a driver.
-
-    Raises:
-        ConfigurationError: a version is a number, or no driver's.
     """
-    hostvars = read_raw(inventory).hostvars
-    for host, variables in hostvars.items():
-        check_versions(host, variables, inventory)
-        check_gpus(host, versions_as_text(variables), inventory)
-    lock = inventory.parent / FILE
-    stacks = stacks_in(lock.read_text(encoding="utf-8") if lock.exists() else "", lock)
-    return wanted_drivers({host: {**stacks.get(host, {}), **versions_as_text(variables)}
-                           for host, variables in hostvars.items()}, own)
+    return wanted_drivers(wanted.hosts_of(suite, lambda variables: listed(variables.get(VERSION))), own)
 
 
-def download_drivers(wanted: Sequence[WantedDriver], names: Mapping[Source, Names], fleet_directory: Path, emit: Emit
-                     ) -> tuple[Closure, ...]:
+def download_drivers(wanted: Sequence[WantedDriver], system: System, names: Mapping[Source, Names],
+                     fleet_directory: Path, emit: Emit) -> tuple[Closure, ...]:
     """The drivers, one or more, with all they depend on, on disk and with the digests that the signed indexes name.
 
     Raises:
@@ -70,10 +57,10 @@ def download_drivers(wanted: Sequence[WantedDriver], names: Mapping[Source, Name
             (``bundle.no_such_driver``), or two have it (``bundle.two_sources``); and what ``download_closure`` raises.
     """
     _check_one_source_each(wanted)
-    sources = read_vendor_sources(fleet_directory)
+    sources = serving(read_vendor_sources(fleet_directory), system)
     return tuple(closure for source in dict.fromkeys(driver.source for driver in wanted) for closure in _download(
         [driver for driver in wanted if driver.source == source], names[source],
-        _sources_for(source, sources, wanted, fleet_directory), emit))
+        system, _sources_for(source, sources, wanted, system, fleet_directory), emit))
 
 
 def _check_one_source_each(wanted: Sequence[WantedDriver]) -> None:
@@ -82,12 +69,12 @@ def _check_one_source_each(wanted: Sequence[WantedDriver]) -> None:
         other = next((other for other in wanted if other.version == one.version and other.source != one.source), None)
         if other:
             raise RefusedError("bundle.two_sources", f"{one.hosts[0]} and {other.hosts[0]} name the driver "
-                               f"{one.version}, of {one.source} and of {other.source}, and a bundle has one of them.",
+                               f"{one.version}, of {one.source} and of {other.source}, and a suite has one of them.",
                                hint=f"write the same {SOURCE} for both, or another version for one")
 
 
-def _sources_for(source: Source, found: Sequence[VendorSource], wanted: Sequence[WantedDriver], fleet_directory: Path
-                 ) -> tuple[VendorSource, ...]:
+def _sources_for(source: Source, found: Sequence[VendorSource], wanted: Sequence[WantedDriver], system: System,
+                 fleet_directory: Path) -> tuple[VendorSource, ...]:
     """Of Debian's driver only what has Debian's components: NVIDIA's repository has packages of the same names."""
     usable = tuple(one for one in found if source == "vendor" or DEBIAN_COMPONENTS & set(one.components))
     if usable:
@@ -96,13 +83,13 @@ def _sources_for(source: Source, found: Sequence[VendorSource], wanted: Sequence
     name, whose = ("nvidia", "the vendor's repository") if source == "vendor" else (
         "debian", "a Debian mirror, with Components: contrib non-free non-free-firmware")
     raise RefusedError("bundle.no_vendor_source", f"{driver.hosts[0]} names the driver {driver.version}, and "
-                       f"{fleet_directory / FOLDER} holds no source to get it from.",
+                       f"{fleet_directory / FOLDER} holds no source to get it from for {system.name}.",
                        hint=f"write {FOLDER}/{name}.sources there: Types: deb, URIs, Suites and Signed-By of {whose}")
 
 
-def _download(wanted: Sequence[WantedDriver], names: Names, vendors: Sequence[VendorSource], emit: Emit
+def _download(wanted: Sequence[WantedDriver], names: Names, system: System, vendors: Sequence[VendorSource], emit: Emit
               ) -> tuple[Closure, ...]:
-    apt = PrivateApt(vendors)
+    apt = PrivateApt(system, vendors)
     apt.update(emit)
     index = parse_index(apt.index(names.may_belong))
     closures = []

@@ -1,6 +1,7 @@
 """Downloads the wheels that the engines' hashed locks name, through this machine's own pip configuration.
 
-The locks are those that ship with opsctl and those of the releases in the bundle. What pip fetched for a lock is kept
+The locks are those that ship with opsctl and those of the releases in the bundle, each for every Python of the hosts
+that it is for. What pip fetched for a lock is kept
 under the lock's own digest, so a build with the same locks asks nobody.
 """
 
@@ -11,32 +12,59 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from packaging.markers import InvalidMarker, Marker, UndefinedEnvironmentName
 
 from opsctl.agent import manifest as manifests
+from opsctl.agent.environment import python_fits
 from opsctl.bundle.cache import cache_directory, link_or_copy
 from opsctl.bundle.process import last_lines, run, started
 from opsctl.bundle.sums import digest
 from opsctl.engines.events import Emit, Note, Progress
 from opsctl.errors import ConfigurationError, OpsctlError, RefusedError
-from opsctl.serving.locks import DEFAULT_PYTHON, Requirement, parse_lock, render_lock
+from opsctl.fleet.systems import default_system
+from opsctl.serving.locks import Requirement, parse_lock, render_lock
+from opsctl.stack.knowledge import System
 
-GLIBC = (2, 36)  # Debian 12's
 REQUIREMENTS = "requirements.txt"
 OLDEST_GLIBC = (2, 17)  # manylinux2014; older wheels of this architecture carry this tag as well
 DOWNLOADING = re.compile(r"^\s*(?:Downloading|Using cached) (?:\S*/)?(?P<file>[^\s/]+\.whl)\S*(?P<size> \([^)]*\))?")
 
 
 @dataclass(frozen=True)
+class Target:
+    """Hosts that wheels are for: their Python, ``3.11``, and the glibc of the oldest of them, ``(2, 36)``."""
+
+    python: str
+    glibc: tuple[int, int]
+
+
+def targets_of(systems: Iterable[System]) -> tuple[Target, ...]:
+    """One for each Python that the releases have, oldest first."""
+    found: dict[str, tuple[int, int]] = {}
+    for system in systems:
+        glibc = _pair(system.glibc)
+        found[system.python] = min(found.get(system.python, glibc), glibc)
+    return tuple(Target(python, found[python]) for python in sorted(found, key=_pair))
+
+
+def _pair(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")
+    return int(major), int(minor)
+
+
+DEFAULT_TARGET = targets_of([default_system()])[0]
+
+
+@dataclass(frozen=True)
 class WantedLock:
-    """A lock whose wheels are fetched for hosts with ``python``, such as 3.11; ``name`` is for people."""
+    """A lock whose wheels are fetched for hosts of one kind; ``name`` is for people."""
 
     name: str
-    python: str
+    target: Target
     requirements: tuple[Requirement, ...]
 
     @property
@@ -50,13 +78,13 @@ class WantedLock:
         return render_lock([replace(one, marker="") for one in self.requirements])
 
 
-def wanted_lock(name: str, text: str, python: str = DEFAULT_PYTHON) -> WantedLock:
+def wanted_lock(name: str, text: str, target: Target = DEFAULT_TARGET) -> WantedLock:
     """A lock's requirements that count on the hosts.
 
     Raises:
         ConfigurationError: a requirement has no exact version with a hash, or a marker that cannot be read.
     """
-    environment = hosts_environment(python)
+    environment = hosts_environment(target.python)
     counting = []
     for requirement in parse_lock(text, name):
         try:
@@ -67,7 +95,7 @@ def wanted_lock(name: str, text: str, python: str = DEFAULT_PYTHON) -> WantedLoc
                                      hint="write the lock with uv pip compile --generate-hashes") from error
         if counts:
             counting.append(requirement)
-    return WantedLock(name, python, tuple(counting))
+    return WantedLock(name, target, tuple(counting))
 
 
 def hosts_environment(python: str) -> dict[str, str]:
@@ -77,24 +105,30 @@ def hosts_environment(python: str) -> dict[str, str]:
             "sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "extra": ""}
 
 
-def shipped_locks(folder: Path) -> list[WantedLock]:
-    """The locks that ship with opsctl."""
-    return [wanted_lock(path.name, path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.lock"))]
+def shipped_locks(folder: Path, targets: Sequence[Target] = (DEFAULT_TARGET,)) -> list[WantedLock]:
+    """The locks that ship with opsctl, for each kind of hosts."""
+    return [wanted_lock(path.name, path.read_text(encoding="utf-8"), target)
+            for path in sorted(folder.glob("*.lock")) for target in targets]
 
 
-def release_locks(bundle: Path) -> list[WantedLock]:
-    """The locks of the bundle's releases, each once. A release without manifest is left to ``verify``.
+def release_locks(bundle: Path, targets: Sequence[Target] = (DEFAULT_TARGET,)) -> list[WantedLock]:
+    """The locks of the bundle's releases, each once for each kind of hosts. One without manifest is ``verify``'s.
+
+    A release for one Python gets the wheels of that one, whoever has it: where no host does, staging refuses it.
 
     Raises:
         RefusedError: a manifest cannot be read.
     """
-    found = {}
+    found: dict[tuple[str, str], WantedLock] = {}
     for path in sorted(bundle.glob(f"releases/*/*/{manifests.MANIFEST}")):
         if path.parent.name.startswith("."):  # an import on its way
             continue
         engine = manifests.parse(path.read_bytes()).engine
-        python = DEFAULT_PYTHON if engine.python.startswith(">=") else engine.python
-        found[engine.directory] = wanted_lock(engine.directory, engine.lock, python)
+        mine = [target for target in targets if python_fits(engine.python, _pair(target.python))]
+        if not mine:
+            mine = [Target(engine.python.removeprefix(">="), min(target.glibc for target in targets))]
+        for target in mine:
+            found[engine.directory, target.python] = wanted_lock(engine.directory, engine.lock, target)
     return list(found.values())
 
 
@@ -106,7 +140,7 @@ def fetch_engine_wheels(locks: Iterable[WantedLock], out: Path, emit: Emit) -> t
         OpsctlError: pip could not download them; the same command again goes on.
     """
     names: set[str] = set()
-    for lock in {(lock.text, lock.python): lock for lock in locks}.values():
+    for lock in {(lock.text, lock.target): lock for lock in locks}.values():
         if not lock.requirements:
             continue
         for wheel in _cached(lock, emit):
@@ -116,13 +150,14 @@ def fetch_engine_wheels(locks: Iterable[WantedLock], out: Path, emit: Emit) -> t
     return tuple(sorted(names))
 
 
-def pip_download_arguments(lock: Path, out: Path, python: str = DEFAULT_PYTHON) -> list[str]:
+def pip_download_arguments(lock: Path, out: Path, target: Target = DEFAULT_TARGET) -> list[str]:
     """pip's arguments for the hosts' Python, whatever Python runs this."""
-    platforms = [f"manylinux_{GLIBC[0]}_{minor}_x86_64" for minor in range(GLIBC[1], OLDEST_GLIBC[1] - 1, -1)]
+    major, newest = target.glibc
+    platforms = [f"manylinux_{major}_{minor}_x86_64" for minor in range(newest, OLDEST_GLIBC[1] - 1, -1)]
     arguments = ["download", "--require-hashes", "--only-binary=:all:", "--no-deps", "--no-input",
                  "--disable-pip-version-check", "--progress-bar", "off", "--implementation", "cp",
-                 "--python-version", python]
-    for abi in (f"cp{python.replace('.', '')}", "abi3", "none"):
+                 "--python-version", target.python]
+    for abi in (f"cp{target.python.replace('.', '')}", "abi3", "none"):
         arguments += ["--abi", abi]
     for platform in [*platforms, "manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]:
         arguments += ["--platform", platform]
@@ -130,7 +165,7 @@ def pip_download_arguments(lock: Path, out: Path, python: str = DEFAULT_PYTHON) 
 
 
 def _cached(lock: WantedLock, emit: Emit) -> list[Path]:
-    target = f"{lock.python} {GLIBC} x86_64"
+    target = f"{lock.target.python} {lock.target.glibc} x86_64"
     key = hashlib.sha256((lock.text + target).encode()).hexdigest()[:16]
     directory = cache_directory("wheels") / key
     if directory.is_dir():
@@ -156,7 +191,7 @@ def _download(lock: WantedLock, out: Path, emit: Emit) -> None:
                            hint=f"{sys.executable} -m ensurepip")
     said = bytearray()
     collected = 0
-    argv = [sys.executable, "-m", "pip", *pip_download_arguments(out / REQUIREMENTS, out, lock.python)]
+    argv = [sys.executable, "-m", "pip", *pip_download_arguments(out / REQUIREMENTS, out, lock.target)]
     with started(argv, environment={"PYTHONUNBUFFERED": "1"}) as process:
         for line in _lines(process):
             said += line.encode() + b"\n"
@@ -175,7 +210,8 @@ def _download(lock: WantedLock, out: Path, emit: Emit) -> None:
                            hint="this machine's package index serves something else than what was locked; ask who runs "
                                 "it", log_tail=errors)
     if status != 0 or len(_wheels(out)) != len(lock.requirements):
-        raise OpsctlError("bundle.wheels_unavailable", f"pip could not download the wheels of {lock.name}.",
+        raise OpsctlError("bundle.wheels_unavailable", f"pip could not download the wheels of {lock.name} for Python "
+                          f"{lock.target.python}.",
                           hint="pip download shows whether this machine reaches its package index; the same command "
                                "again goes on", log_tail=errors or last_lines(bytes(said)))
     emit(Progress(f"wheels of {lock.name}", len(lock.requirements), len(lock.requirements), "items"))

@@ -21,9 +21,8 @@ from opsctl.bundle.process import last_lines, require_program, run, started
 from opsctl.bundle.vendor_sources import VendorSource
 from opsctl.engines.events import Emit, Note, Progress
 from opsctl.errors import OpsctlError, RefusedError
+from opsctl.stack.knowledge import System
 
-CODENAME = "bookworm"
-RELEASE_NAME = "Debian 12 (bookworm)"
 ARCHITECTURE = "amd64"
 POLL_S = 0.5
 
@@ -77,20 +76,21 @@ Acquire::IndexTargets::deb::Packages {{
 
 
 class PrivateApt:
-    """apt-get on directories in the cache; one set of them for each set of sources.
+    """apt-get on directories in the cache, as a host of a release has it; one set of them for each set of sources.
 
-    ``vendors``: sources besides this machine's own.
+    ``system``: the hosts' release; ``vendors``: sources besides this machine's own, which serve it.
     """
 
-    def __init__(self, vendors: Sequence[VendorSource] = ()) -> None:
+    def __init__(self, system: System, vendors: Sequence[VendorSource] = ()) -> None:
+        self._release = f"{system.name} ({system.codename})"
         self._program = require_program("apt-get", "apt", "it downloads the hosts' packages")
         self._whose = "this machine's package sources" + " and those in sources.d" * bool(vendors)
-        machine = _machine_sources()
+        machine = _machine_sources(system)
         text = render_deb822(machine)
         # With the names too: of a file that was renamed, apt would read the old copy along and refuse both.
         known = text + "".join(vendor.name + vendor.render(Path("/")) + vendor.key.hex() for vendor in vendors)
         self._root = cache_directory("apt", hashlib.sha256(known.encode()).hexdigest()[:12])
-        self.archives = cache_directory("debs")
+        self.archives = cache_directory("debs", system.codename)  # vendors make other files of one name for another
         for directory in (*(self._root / name for name in ("state/lists/partial", "sources", "keys", "none/partial")),
                           self.archives / "partial"):
             directory.mkdir(parents=True, exist_ok=True)
@@ -110,11 +110,11 @@ class PrivateApt:
         return [self._program, "-c", str(self._configuration), *arguments]
 
     def update(self, emit: Emit) -> None:
-        emit(Note(f"asking {self._whose} for the lists of {RELEASE_NAME}"))
+        emit(Note(f"asking {self._whose} for the lists of {self._release}"))
         done = run(self._argv("-q", "update"))
         if done.returncode != 0:
             raise RefusedError("bundle.sources_unreachable",
-                               f"{self._whose} did not give the lists of {RELEASE_NAME}.",
+                               f"{self._whose} did not give the lists of {self._release}.",
                                hint="apt-get update shows whether this machine reaches them; then build again",
                                log_tail=_complaints(done))
 
@@ -136,10 +136,10 @@ class PrivateApt:
         unknown = unknown_packages(output)
         if unknown:
             raise RefusedError("bundle.unknown_package",
-                               f"{RELEASE_NAME} has no package {', '.join(unknown)}, which the roles install.",
+                               f"{self._release} has no package {', '.join(unknown)}, which the roles install.",
                                hint="correct the name in roles/*/defaults/main.yml", log_tail=_complaints(done))
         raise RefusedError("bundle.unmet_dependencies",
-                           f"{RELEASE_NAME} cannot install {', '.join(packages)} together.",
+                           f"{self._release} cannot install {', '.join(packages)} together.",
                            hint="read apt's own words above", log_tail=last_lines(output.encode()))
 
     def download(self, packages: Sequence[str], debs: Iterable[Deb], emit: Emit) -> None:
@@ -191,7 +191,7 @@ def _bytes_there(archives: Path, debs: Sequence[Deb]) -> int:
     return there
 
 
-def _machine_sources() -> tuple[Source, ...]:
+def _machine_sources(system: System) -> tuple[Source, ...]:
     """This machine's sources, as those of the hosts' release."""
     apt_config = require_program("apt-config", "apt", "it tells where this machine's package sources are written")
     said = run([apt_config, "shell", "LIST", "Dir::Etc::sourcelist/f", "PARTS", "Dir::Etc::sourceparts/d"])
@@ -204,13 +204,14 @@ def _machine_sources() -> tuple[Source, ...]:
         elif path.suffix == ".list" and path.is_file():
             found += parse_one_line(path.read_text(encoding="utf-8"))
     release = _os_release(Path("/etc/os-release").read_text(encoding="utf-8"))
-    usable = sources_for(found, own_codename=release.get("VERSION_CODENAME", ""), codename=CODENAME) \
-        if release.get("ID") == "debian" else sources_for(found, own_codename=CODENAME, codename=CODENAME)
+    usable = sources_for(found, own_codename=release.get("VERSION_CODENAME", ""), codename=system.codename) \
+        if release.get("ID") == "debian" else sources_for(found, own_codename=system.codename, codename=system.codename)
     if not usable:
         raise RefusedError("bundle.no_sources",
                            f"no package source of this machine ({release.get('PRETTY_NAME', 'unknown system')}) "
-                           f"serves {RELEASE_NAME}.",
-                           hint=f"build on a Debian machine, or add a signed source of {CODENAME} main in {parts}")
+                           f"serves {system.name} ({system.codename}).",
+                           hint=f"build on a Debian machine, or add a signed source of {system.codename} main in "
+                                f"{parts}")
     return usable
 
 

@@ -1,29 +1,27 @@
-"""The container toolkit and CUDA in the bundle: exactly the versions that the inventory names.
+"""The container toolkit and CUDA of a suite: exactly the versions that its hosts name.
 
 Each set of versions gets a run of apt of its own, because two of them conflict; the union of the files goes into the
-pool. A set that pulls a driver in is refused here already: no host could take it.
+suite's pool. A set that pulls a driver in is refused here already: no host could take it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from opsctl.bundle.closure import Closure
 from opsctl.bundle.debs import Deb
 from opsctl.bundle.private_apt import PrivateApt
-from opsctl.bundle.vendor_sources import FOLDER, VendorSource, described, read_vendor_sources
+from opsctl.bundle.suites import Suite, Variables, Wanted
+from opsctl.bundle.vendor_sources import FOLDER, VendorSource, described, read_vendor_sources, serving
 from opsctl.engines.events import Emit, Note
 from opsctl.errors import RefusedError
-from opsctl.fleet.ansible_inventory import read_raw
-from opsctl.fleet.hosts import check_gpus
-from opsctl.fleet.vendor_packages import VARIABLES, is_way_back, wanted_versions
-from opsctl.fleet.versions import check_versions, versions_as_text
+from opsctl.fleet.vendor_packages import VARIABLES, is_way_back, versions_of, wanted_versions
 from opsctl.role_tasks import defaults_of
 from opsctl.stack.index import Index, parse_index
+from opsctl.stack.knowledge import System
 from opsctl.stack.pinned import Wish, lacking, sentence_of, version_for, wishes
 
 # roles/base/files/pinned_transaction.py has the same for a host; they are compared by a test.
@@ -42,23 +40,22 @@ class WantedSet:
     spare: bool
 
 
-def sets_of_inventory(inventory: Path) -> tuple[WantedSet, ...]:
-    """What the hosts of an inventory name; empty for a fleet that names none of it.
+def sets_wanted(suite: Suite, wanted: Wanted) -> tuple[WantedSet, ...]:
+    """What the hosts of a suite name; empty for those that name none of it."""
+    found = []
+    for role in VARIABLES:
+        def named(variables: Variables, role: str = role) -> object:
+            return versions_of(role, variables)
 
-    Raises:
-        ConfigurationError: a version is a number, or none of that form.
-    """
-    hostvars: dict[str, Mapping[str, Any]] = {}
-    for host, variables in read_raw(inventory).hostvars.items():
-        check_versions(host, variables, inventory)
-        hostvars[host] = versions_as_text(variables)
-        check_gpus(host, hostvars[host], inventory)
-    return tuple(WantedSet(role, hosts, wishes(versions, defaults_of(role)[f"{role}_names"]),
-                           is_way_back(versions, hostvars, role, hosts))
-                 for role in VARIABLES for versions, hosts in wanted_versions(role, hostvars))
+        hosts = wanted.hosts_of(suite, named)
+        found += [WantedSet(role, whose, wishes(versions, defaults_of(role)[f"{role}_names"]),
+                            is_way_back(versions, hosts, role, whose))
+                  for versions, whose in wanted_versions(role, hosts)]
+    return tuple(found)
 
 
-def download_sets(wanted: Sequence[WantedSet], fleet_directory: Path, emit: Emit) -> tuple[Closure, ...]:
+def download_sets(wanted: Sequence[WantedSet], system: System, fleet_directory: Path, emit: Emit
+                  ) -> tuple[Closure, ...]:
     """The packages with all they depend on, on disk and with the digests that the signed indexes name.
 
     Raises:
@@ -67,14 +64,14 @@ def download_sets(wanted: Sequence[WantedSet], fleet_directory: Path, emit: Emit
             (``bundle.no_such_version``), or a driver would come along (``bundle.pulls_driver``); and what
             ``download_closure`` raises.
     """
-    vendors = read_vendor_sources(fleet_directory)
+    vendors = serving(read_vendor_sources(fleet_directory), system)
     if not vendors:
         first = wanted[0].wishes[0]
         raise RefusedError("bundle.no_vendor_source", f"{wanted[0].hosts[0]} names {first.variable}={first.version}, "
-                           f"and {fleet_directory / FOLDER} holds no source to get it from.",
+                           f"and {fleet_directory / FOLDER} holds no source to get it from for {system.name}.",
                            hint=f"write {FOLDER}/nvidia.sources there: Types: deb, URIs, Suites and Signed-By of the "
                                 "vendor's repository")
-    apt = PrivateApt(vendors)
+    apt = PrivateApt(system, vendors)
     apt.update(emit)
     known = re.compile("|".join(f"(?:{wish.known_by})|{'|'.join(map(re.escape, wish.names))}"
                                 for one in wanted for wish in one.wishes))

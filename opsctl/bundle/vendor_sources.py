@@ -1,7 +1,8 @@
 """Apt sources of vendors: ``sources.d/*.sources`` beside the inventory, each with the key that signs it.
 
 No address stands in opsctl: where a site gets its drivers from, it writes there. A source without a key is refused,
-because hosts install what comes from it as root.
+because hosts install what comes from it as root. A vendor makes packages for one release of a distribution: which one
+a source serves is told by ``VendorSource.serving``.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from opsctl.bundle.apt_sources import REMOTE_OR_FILE, stanzas
 from opsctl.bundle.keys import PUBLIC_KEY_BEGIN, dearmor
 from opsctl.errors import ConfigurationError
+from opsctl.stack.knowledge import System, knowledge
 
 FOLDER = "sources.d"
 # Each of them lets apt take what nobody signed, or what was signed with a broken algorithm.
 TRUSTING = ("trusted", "allow-insecure", "allow-weak", "allow-downgrade-to-insecure")
+SERVES = "x-os-release"  # deb822 leaves names with X- to others than apt
 OFF = ("no", "false", "without", "off", "disable", "0")
 
 
@@ -26,7 +29,7 @@ OFF = ("no", "false", "without", "off", "disable", "0")
 class VendorSource:
     """One stanza. ``name``: its file's and its number, no other's; ``file``: the name that the operator wrote.
 
-    ``components``: none for a flat repository (``Suites: /``).
+    ``components``: none for a flat repository (``Suites: /``); ``releases``: ``X-OS-Release: debian13``, if it says so.
     """
 
     name: str
@@ -35,11 +38,26 @@ class VendorSource:
     suites: tuple[str, ...]
     components: tuple[str, ...]
     key: bytes
+    releases: tuple[str, ...] = ()
 
     @property
     def key_name(self) -> str:
         """apt tells an armored key from a binary one by the ending."""
         return f"{self.name}.{'asc' if PUBLIC_KEY_BEGIN.encode() in self.key else 'gpg'}"
+
+    def serving(self, system: System) -> VendorSource | None:
+        """What of it is for hosts of a release; None: nothing.
+
+        That is what ``X-OS-Release`` says. Without it, a suite that begins with another release's codename is for
+        that one, and so is an address with another release in its path (``.../repos/debian12/x86_64/``).
+        Whatever says nothing is for all.
+        """
+        if self.releases and system.key not in self.releases:
+            return None
+        suites = tuple(suite for suite in self.suites if _is_for(system, [re.split("[-/]", suite)[0]]))
+        addresses = tuple(address for address in self.addresses
+                          if self.releases or _is_for(system, address.split("/")))
+        return replace(self, suites=suites, addresses=addresses) if suites and addresses else None
 
     def render(self, key: Path) -> str:
         lines = ["Types: deb", f"URIs: {' '.join(self.addresses)}", f"Suites: {' '.join(self.suites)}"]
@@ -72,6 +90,18 @@ def read_vendor_sources(fleet_directory: Path) -> tuple[VendorSource, ...]:
     return tuple(found)
 
 
+def serving(sources: Iterable[VendorSource], system: System) -> tuple[VendorSource, ...]:
+    """What of the sources is for hosts of a release."""
+    return tuple(found for source in sources if (found := source.serving(system)))
+
+
+def _is_for(system: System, words: Iterable[str]) -> bool:
+    """Whether words that may name releases name this one, or none."""
+    known = {name: one for one in knowledge().systems for name in (one.codename, one.key, one.key.replace(".", ""))}
+    named = [known[word] for word in words if word in known]
+    return system in named or not named
+
+
 def _source(name: str, fields: Mapping[str, str], path: Path, fleet_directory: Path) -> VendorSource:
     for key in TRUSTING:
         if fields.get(key, "no").lower() not in OFF:
@@ -87,8 +117,14 @@ def _source(name: str, fields: Mapping[str, str], path: Path, fleet_directory: P
     if not suites or any(suite.endswith("/") == bool(components) for suite in suites):
         raise _wrong(path, f"has Suites: {' '.join(suites)} and Components: {' '.join(components)}",
                      "Suites: / and no Components for a flat repository; else a suite and its components")
+    releases = tuple(fields.get(SERVES, "").split())
+    known = [system.key for system in knowledge().systems]
+    for release in releases:
+        if release not in known:
+            raise _wrong(path, f"has X-OS-Release: {release}, which is no release that hosts may run",
+                         f"one or more of {', '.join(known)}, as os_release of the inventory")
     return VendorSource(name, path.name, addresses, tuple(suites), tuple(components),
-                        _key(fields.get("signed-by", ""), path, fleet_directory))
+                        _key(fields.get("signed-by", ""), path, fleet_directory), releases)
 
 
 def _key(value: str, path: Path, fleet_directory: Path) -> bytes:

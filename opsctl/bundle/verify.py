@@ -9,7 +9,7 @@ from pathlib import Path
 
 from opsctl.bundle import sums
 from opsctl.bundle.keys import Checker, checking
-from opsctl.bundle.repository import check_repository
+from opsctl.bundle.repository import BUILD_ANEW, check_repository
 from opsctl.engines.events import Emit, Note, discard
 from opsctl.errors import RefusedError
 
@@ -18,7 +18,6 @@ SUMS = "SHA256SUMS"
 SIGNATURE = "SHA256SUMS.asc"
 AGENT_REQUIREMENT = "opsctl-agent.txt"  # in wheels/: what pip installs on a host
 SWITCHING = ".switching"  # there while a build puts its new files in place
-BUILD_ANEW = "opsctl bundle build makes the bundle anew"
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ def build(
         found = find_inventory(inventory)
         directory = found.parent
         built = build_bundle(directory, (bundle or directory / "bundle").absolute(), speaker.emit, inventory=found)
-        document = {"bundle": str(built.bundle), "changed": built.changed, "packages": built.packages,
-                    "package_bytes": built.package_bytes, "wheels": list(built.wheels), "signed_by": built.signed_by,
-                    "seconds": round(built.seconds, 1)}
+        document = {"bundle": str(built.bundle), "changed": built.changed, "suites": list(built.suites),
+                    "packages": built.packages, "package_bytes": built.package_bytes, "wheels": list(built.wheels),
+                    "signed_by": built.signed_by, "seconds": round(built.seconds, 1)}
         speaker.result(document, built_summary(built))
 
 
@@ -75,7 +75,8 @@ def built_summary(built: Built) -> str:
 
     state = "built" if built.changed else "nothing changed"
     return (f"{built.bundle}: {state} in {built.seconds:.1f} s\n"
-            f"  {counted(built.packages, 'Debian package')}, {human_bytes(built.package_bytes)}; "
+            f"  {counted(built.packages, 'Debian package')} for {' and '.join(built.suites)}, "
+            f"{human_bytes(built.package_bytes)}; "
             f"{counted(len(built.wheels), 'wheel')}; signed by {built.signed_by}")
 
 

@@ -36,8 +36,8 @@ def import_(
     engine_lock: Annotated[Path | None, typer.Option(
         "--engine-lock", metavar="FILE", show_default=False, help="Pinned engine: requirements with hashes, as uv pip "
         "compile --generate-hashes writes them. vllm needs one; llamacpp brings its own.")] = None,
-    python: Annotated[str, typer.Option("--python", metavar="VERSION", help="The hosts' Python, which the engine's "
-                                        "lock is for.")] = "3.11",
+    python: Annotated[str, typer.Option("--python", metavar="VERSION", show_default="that of the service's hosts",
+                                        help="The hosts' Python, which the engine's lock is for.")] = "",
     inventory: InventoryOption = None,
     bundle: BundleOption = None,
     as_json: AsJson = False,
@@ -58,11 +58,15 @@ def import_(
         from opsctl.cli.views import human_bytes
         from opsctl.fleet.inventory import read_fleet
         from opsctl.fleet.select import the_service
+        from opsctl.fleet.systems import python_of
         from opsctl.releases.importing import Request, import_model
         from opsctl.releases.publish import published_releases
 
         fleet = read_fleet(find_inventory(inventory))
-        name = the_service(fleet, service).name
+        found = the_service(fleet, service)
+        name = found.name
+        if engine_lock is not None:
+            python = python_of(name, fleet.group(found.group), python)
         with published_releases(fleet, speaker.emit) as gateway:
             imported = import_model(Request(
                 source=source, service=name, version=version, settings=tuple(settings or ()),

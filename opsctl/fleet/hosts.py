@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opsctl.errors import ConfigurationError
-from opsctl.fleet import gpu_lock, gpus, vendor_packages
+from opsctl.fleet import gpu_lock, gpus, systems, vendor_packages
 from opsctl.fleet.model import Host
 from opsctl.fleet.source import at, find_line, inventory_files, text_of
 
@@ -32,16 +32,17 @@ READ = (
     *PASSWORDS, *WEAKENING, "ansible_connection", "ansible_host", "ansible_ssh_host", "ansible_port",
     "ansible_ssh_port", "ansible_user", "ansible_ssh_user", "ansible_ssh_private_key_file", "ansible_private_key_file",
     "ansible_ssh_common_args", "ansible_ssh_extra_args", "proxy_jump", "service_address", "management_address",
-    "gpu_uuids", *gpus.READ, *vendor_packages.READ,
+    "gpu_uuids", *gpus.READ, *systems.READ, *vendor_packages.READ,
 )
 
 
 def make_host(name: str, variables: Mapping[str, Any], groups: Sequence[str], inventory: Path,
-              known_gpus: Sequence[gpu_lock.Gpu] | None = None, stack: Mapping[str, Any] | None = None) -> Host:
+              known_gpus: Sequence[gpu_lock.Gpu] | None = None, stack: Mapping[str, Any] | None = None,
+              locked_os: str = "") -> Host:
     """The host that an inventory's variables describe.
 
     ``known_gpus``: those of gpus.yml, None when it is not there; ``stack``: the variables of its entry in stack.lock,
-    which stand where the inventory says nothing.
+    which stand where the inventory says nothing; ``locked_os``: the release that this entry was made with.
 
     Raises:
         ConfigurationError: ``inventory.*``; the message names file, line, key and value.
@@ -50,7 +51,7 @@ def make_host(name: str, variables: Mapping[str, Any], groups: Sequence[str], in
         raise ConfigurationError("inventory.bad_host", f"{inventory}: {name!r} cannot be a host's name.",
                                  hint="letters, digits, dots and dashes; a port goes into ansible_port=")
     _refuse_passwords(name, variables, inventory)
-    check_gpus(name, variables, inventory)
+    check_host(name, variables, inventory)
     connection = _connection(name, variables, inventory)
     address = _text(name, variables, ("ansible_host", "ansible_ssh_host"), inventory) or name
     default = "127.0.0.1" if connection == "local" else address
@@ -71,6 +72,7 @@ def make_host(name: str, variables: Mapping[str, Any], groups: Sequence[str], in
         identity_file=str(inventory.parent / Path(identity).expanduser()) if identity else "",
         proxy_jump=_text(name, variables, ("proxy_jump",), inventory) or jump, ssh_options=options,
         service_address=own["service_address"], management_address=own["management_address"],
+        os_release=systems.os_release_of(variables, locked_os),
         gpus=_gpus(variables, known_gpus), variables={**(stack or {}), **variables},
         locked={key: value for key, value in (stack or {}).items() if key not in variables},
     )
@@ -84,13 +86,13 @@ def _gpus(variables: Mapping[str, Any], known: Sequence[gpu_lock.Gpu] | None) ->
     return tuple(gpu.uuid for gpu in known)
 
 
-def check_gpus(name: str, variables: Mapping[str, Any], inventory: Path) -> None:
-    """Refuses what cannot be right about a host's GPUs, their driver and its companions, whatever the host has.
+def check_host(name: str, variables: Mapping[str, Any], inventory: Path) -> None:
+    """Refuses what cannot be right about a host's release, GPUs, their driver and its companions, whatever it has.
 
     Raises:
         ConfigurationError: ``inventory.bad_value``.
     """
-    wrong = gpus.first_wrong(variables) or vendor_packages.first_wrong(variables)
+    wrong = systems.first_wrong(variables) or gpus.first_wrong(variables) or vendor_packages.first_wrong(variables)
     if wrong:
         raise _wrong(name, wrong.key, wrong.value, inventory, wrong.problem, wrong.hint)
 

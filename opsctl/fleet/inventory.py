@@ -66,10 +66,11 @@ def fleet_from_ansible(hostvars: Mapping[str, Mapping[str, Any]], groups: Mappin
     check_groups(tuple(hostvars), members, services, choices["load_balancer"], inventory, directory / "services.yml")
     gpus = gpu_lock.read(gpus_text, directory / gpu_lock.NAME)
     stacks = stacks_in(lock_text, directory / LOCK)
+    locked = systems_in(lock_text, directory / LOCK)
     users = {group: inside for group, inside in members.items() if group not in ANSIBLES_OWN}
     hosts = tuple(
         make_host(name, versions_as_text(variables), [group for group in users if name in users[group]], inventory,
-                  gpus.get(name), stacks.get(name))
+                  gpus.get(name), stacks.get(name), locked.get(name, ""))
         for name, variables in hostvars.items())
     check_addresses(hosts, inventory)
     fleet = Fleet(directory=directory, inventory=inventory, hosts=hosts, services=services,
@@ -86,6 +87,15 @@ def stacks_in(text: str, path: Path) -> dict[str, Mapping[str, Any]]:
         ConfigurationError: ``stack_lock.*``.
     """
     return {name: entry.variables() for name, entry in read(text, path).hosts.items()} if text else {}
+
+
+def systems_in(text: str, path: Path) -> dict[str, str]:
+    """By host, the release that a stack.lock was made with, ``debian12``.
+
+    Raises:
+        ConfigurationError: ``stack_lock.*``.
+    """
+    return {name: entry.os for name, entry in read(text, path).hosts.items()} if text else {}
 
 
 def _text(path: Path, code: str) -> str:

@@ -37,6 +37,7 @@ class Host:
     ssh_options: tuple[tuple[str, str], ...] = ()  # from ansible_ssh_common_args: ("Compression", "yes")
     service_address: str = ""  # engines, load balancer, bundle
     management_address: str = ""  # agent and exporters
+    os_release: str = "debian12"  # as inventory or stack.lock say, before anybody asks the host (systems.csv)
     gpus: tuple[str, ...] | None = None  # UUIDs in PCI bus order; None: nobody has written them down yet
     variables: Mapping[str, Any] = field(default_factory=dict)  # of the inventory, and ``locked`` where it is silent
     locked: Mapping[str, Any] = field(default_factory=dict)  # what stack.lock says and the inventory does not

@@ -19,10 +19,12 @@ from opsctl.errors import RefusedError
 from opsctl.fleet import gpu_lock
 from opsctl.fleet.project import ANSIBLE_CFG, GITIGNORE, initialise
 from opsctl.fleet.ssh_config import private_directory
+from opsctl.fleet.systems import DEFAULT, OS_RELEASE
 from opsctl.lab.commands import run
 from opsctl.lab.inbox import SMTP_PORT, WEBHOOK_PORT
 from opsctl.lab.state import Lab, Machine
 from opsctl.lab.vendor.repository import Repository, sources_file
+from opsctl.stack.knowledge import knowledge
 
 LOGIN_KEY = "keys/login"
 RECEIPT = ".opsctl/lab.json"
@@ -102,7 +104,9 @@ def inventory(lab: Lab) -> str:
         lines.append("")
     if any(machine.gpus for machine in lab.machines):
         lines.append(DRIVER.format(address=lab.machines[0].address, webhook=WEBHOOK_PORT, smtp=SMTP_PORT))
-    return "\n".join([*lines, "[all:vars]", f"ansible_ssh_private_key_file={LOGIN_KEY}",
+    release = next(system.key for system in knowledge().systems if system.codename == lab.suite)
+    runs = [f"{OS_RELEASE}={release}"] if release != DEFAULT else []
+    return "\n".join([*lines, "[all:vars]", *runs, f"ansible_ssh_private_key_file={LOGIN_KEY}",
                       "ansible_python_interpreter=/usr/bin/python3", ""])
 
 

@@ -54,12 +54,16 @@ class CudaMajor:
 
 @dataclass(frozen=True)
 class System:
-    """A distribution's release. ``own_driver``: what it ships itself; ``first_branch``: of the vendor's repository."""
+    """A distribution's release. ``own_driver``: what it ships itself; ``first_branch``: of the vendor's repository.
+
+    ``key``: ``debian12``; ``codename``: what apt's sources call it, ``bookworm``.
+    """
 
     key: str
     id: str
     version_id: str
     name: str
+    codename: str
     glibc: str
     python: str
     own_driver: str
@@ -153,8 +157,8 @@ def make_knowledge(read: Read) -> Knowledge:
         tuple(Toolkit(row["cuda"], row["driver"]) for row in rows("cuda_toolkits.csv")),
         tuple(CudaMajor(int(row["major"]), row["driver"], order_of(row["first_capability"]))
               for row in rows("cuda_majors.csv")),
-        tuple(System(row["system"], row["id"], row["version_id"], row["name"], row["glibc"], row["python"],
-                     row["own_driver"], row["own_package"], int(row["first_branch"] or 0))
+        tuple(System(row["system"], row["id"], row["version_id"], row["name"], row["codename"], row["glibc"],
+                     row["python"], row["own_driver"], row["own_package"], int(row["first_branch"] or 0))
               for row in rows("systems.csv")),
         (*_vllm(torch), *(_line(row["engine"], row, torch) for row in rows("engines.csv"))),
         tuple(Names(row["family"], row["part"], int(row["first_branch"] or 0), int(row["last_branch"] or 0),

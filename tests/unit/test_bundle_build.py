@@ -19,6 +19,7 @@ from opsctl.bundle.sums import digest
 from opsctl.bundle.verify import SWITCHING, verify_bundle
 from opsctl.engines.events import discard
 from opsctl.errors import OpsctlError, RefusedError
+from opsctl.fleet.systems import default_system
 
 MISSING = [name for name in ("apt-get", "apt-ftparchive", "dpkg-deb", "gpg", "gpgv") if shutil.which(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not on this machine: {', '.join(MISSING)}")
@@ -44,16 +45,17 @@ class Site:
     def pool(self) -> list[str]:
         return sorted(path.name for path in (self.bundle / "apt/pool").rglob("*.deb"))
 
-    def publish(self, *debs: Path) -> None:
-        """Makes these debs what the machine's mirror serves."""
+    def publish(self, *debs: Path, codename: str = "bookworm") -> None:
+        """Makes these debs what the machine's mirror serves in a suite."""
         mirror = self.root / "mirror"
-        if mirror.exists():
-            shutil.rmtree(mirror)
+        for part in ("pool", "dists"):
+            if (mirror / part / codename).exists():
+                shutil.rmtree(mirror / part / codename)
         closure = Closure(tuple(Deb(deb.name, deb.stat().st_size, "sha256", digest(deb)) for deb in debs),
                           self.root / "debs")
         home, key = self.root / "mirror-key", self.root / "mirror-key.asc"
         with signing(home) as signer, checking(key) as checker:
-            write_repository(mirror, closure, signer, previous=self.root / "none", checker=checker)
+            write_repository(mirror, codename, closure, signer, previous=self.root / "none", checker=checker)
 
     def deb(self, name: str, version: str, depends: str = "") -> Path:
         tree = self.root / "trees" / f"{name}-{version}"
@@ -166,7 +168,7 @@ def test_a_machine_without_sources_for_the_hosts_is_refused(site: Site) -> None:
 
 def test_a_package_that_went_bad_in_the_cache_is_downloaded_again(site: Site) -> None:
     site.build("tiny-a")
-    for cached in (site.root / "cache/opsctl/debs").glob("tiny-b*.deb"):
+    for cached in (site.root / "cache/opsctl/debs").rglob("tiny-b*.deb"):
         content = bytearray(cached.read_bytes())
         content[-1] ^= 1
         cached.write_bytes(content)  # hard-linked: this spoils the bundle in place, too
@@ -256,14 +258,14 @@ def test_a_switch_that_died_is_finished_by_the_next_build(tmp_path: Path, monkey
         == NEW_FILES
 
 
-def host_apt(site: Site, *arguments: str) -> str:
+def host_apt(site: Site, *arguments: str, suite: str = "bookworm") -> str:
     """A host's apt, with the bundle as its one source, as the base role writes it."""
-    host = site.root / "host"
+    host = site.root / "host" / suite
     for directory in ("lists/partial", "cache/archives/partial", "sources"):
         (host / directory).mkdir(parents=True, exist_ok=True)
     (host / "status").touch()
     (host / "sources/opsctl.sources").write_text(
-        f"Types: deb\nURIs: file:{site.bundle / 'apt'}\nSuites: bookworm\nComponents: main\n"
+        f"Types: deb\nURIs: file:{site.bundle / 'apt'}\nSuites: {suite}\nComponents: main\n"
         f"Signed-By: {site.trusted_key()}\n", encoding="utf-8")
     options = {"Dir::State::lists": host / "lists", "Dir::State::status": host / "status",
                "Dir::Cache": host / "cache", "Dir::Etc::sourcelist": os.devnull,
@@ -299,8 +301,10 @@ def test_the_index_does_not_depend_on_the_order_of_files() -> None:
 
 
 def test_a_release_file_names_itself_and_its_indexes() -> None:
-    text = render_release({"main/binary-amd64/Packages": b""}, date="Sat, 21 Nov 2026 00:00:00 -0000")
+    text = render_release({"main/binary-amd64/Packages": b""}, codename="trixie",
+                          date="Sat, 21 Nov 2026 00:00:00 -0000")
     assert "Origin: opsctl\n" in text
+    assert "Suite: trixie\nCodename: trixie\n" in text
     assert "Date: Sat, 21 Nov 2026 00:00:00 +0000\n" in text
     assert "Valid-Until" not in text
     assert text.endswith("SHA256:\n e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855 0 "
@@ -308,8 +312,8 @@ def test_a_release_file_names_itself_and_its_indexes() -> None:
 
 
 def test_a_download_with_nothing_to_do_starts_no_download(site: Site) -> None:
-    download_closure(("tiny-a",), discard)
+    download_closure(("tiny-a",), default_system(), discard)
     events: list[object] = []
-    closure = download_closure(("tiny-a",), events.append)
+    closure = download_closure(("tiny-a",), default_system(), events.append)
     assert len(closure.debs) == 2
     assert not [event for event in events if "Debian packages" in str(event)]

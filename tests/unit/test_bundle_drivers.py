@@ -26,6 +26,7 @@ from opsctl.bundle.vendor_sources import described, read_vendor_sources
 from opsctl.engines.events import Event, Note, discard
 from opsctl.errors import ConfigurationError, RefusedError
 from opsctl.fleet.gpus import WantedDriver
+from opsctl.fleet.systems import default_system
 from opsctl.resources import resource
 from opsctl.stack.driver import Course, Seen, Transaction, course, desired
 from opsctl.stack.fit import Wish
@@ -114,12 +115,12 @@ def deb(root: Path, name: str, version: str, fields: str) -> Path:
     return path
 
 
-def publish(root: Path, name: str, debs: list[Path]) -> None:
+def publish(root: Path, name: str, debs: list[Path], codename: str = "bookworm") -> None:
     make_bundle_key(root / f"{name}-key", root / f"{name}.asc")
     files = tuple(Deb(path.name, path.stat().st_size, "sha256", digest(path)) for path in debs)
     closure = Closure(files, root / "debs")
     with signing(root / f"{name}-key") as signer, checking(root / f"{name}.asc") as checker:
-        write_repository(root / name, closure, signer, previous=root / "none", checker=checker)
+        write_repository(root / name, codename, closure, signer, previous=root / "none", checker=checker)
 
 
 def publish_beside_main(root: Path, debs: list[Path]) -> None:
@@ -293,7 +294,7 @@ def test_a_flat_repository_and_a_key_in_the_file(site: Site) -> None:
     (site.fleet / "sources.d/nvidia.sources").write_text(
         f"Types: deb\nURIs: file:{flat}\nSuites: ./\nSigned-By:\n{key}\n")
     wanted = WantedDriver("580.126.09", ("open",), ("gpu-1",), ())
-    closure = download_drivers((wanted,), ALL_NAMES, site.fleet, discard)[0]
+    closure = download_drivers((wanted,), default_system(), ALL_NAMES, site.fleet, discard)[0]
     assert "libcuda1_580.126.09-1+test_amd64.deb" in {one.name for one in closure.debs}
 
 
@@ -465,7 +466,7 @@ def test_a_source_without_the_fabric_manager_is_told(site: Site) -> None:
     names = dataclasses.replace(NAMES, fabric=("nvidia-fabricmanager", "nvidia-imex"))
     wanted = WantedDriver("580.126.09", ("open",), ("gpu-1",), ())
     said: list[Event] = []
-    (closure,) = download_drivers((wanted,), {"vendor": names}, site.fleet, said.append)
+    (closure,) = download_drivers((wanted,), default_system(), {"vendor": names}, site.fleet, said.append)
     assert not [deb for deb in closure.debs if "fabricmanager" in deb.name]
     assert [event.message for event in said if isinstance(event, Note) and "580.126.09" in event.message] == [
         "the sources in sources.d have no nvidia-imex 580.126.09: no bundled fabric manager for boards with NVSwitches"]
@@ -487,9 +488,9 @@ def test_files_whose_names_differ_by_a_character_are_two_sources(site: Site) -> 
 
 def test_a_source_whose_file_is_renamed_leaves_nothing_behind(site: Site) -> None:
     wanted = WantedDriver("580.126.09", ("open",), ("gpu-1",), ())
-    assert download_drivers((wanted,), ALL_NAMES, site.fleet, discard)
+    assert download_drivers((wanted,), default_system(), ALL_NAMES, site.fleet, discard)
     (site.fleet / "sources.d/nvidia.sources").rename(site.fleet / "sources.d/vendor.sources")
-    assert download_drivers((wanted,), ALL_NAMES, site.fleet, discard)
+    assert download_drivers((wanted,), default_system(), ALL_NAMES, site.fleet, discard)
 
 
 @pytest.mark.parametrize(("uris", "told"), [
@@ -509,4 +510,4 @@ def test_a_wrong_address_is_told_without_its_password(tmp_path: Path, uris: str,
 def test_a_bundle_without_drivers_does_not_ask_the_vendor(site: Site) -> None:
     shutil.rmtree(site.root / "vendor")
     site.build("[gpu]\ngpu-1\n")
-    assert download_closure(("tiny",), discard).debs
+    assert download_closure(("tiny",), default_system(), discard).debs

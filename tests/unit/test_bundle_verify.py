@@ -12,14 +12,15 @@ from typer.testing import CliRunner
 
 from opsctl.bundle import sums
 from opsctl.bundle.keys import Signer, dearmor, export_public_key, make_bundle_key, signing
-from opsctl.bundle.repository import DIST, INDEX, render_release
+from opsctl.bundle.repository import INDEX, dist_of, render_release
 from opsctl.bundle.verify import FOLDERS, verify_bundle
 from opsctl.cli.bundle import app
 from opsctl.errors import ExitCode, RefusedError
 
 pytestmark = pytest.mark.skipif(shutil.which("gpg") is None or shutil.which("gpgv") is None,
                                 reason="gpg and gpgv are not on this machine")
-DEB = "apt/pool/main/a_1_all.deb"
+DEB = "apt/pool/main/a_1_all.deb"  # as bundles of one suite had it; those of several: pool/CODENAME
+DIST = dist_of("bookworm")
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +34,7 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sign_repository(bundle: Path, signer: Signer) -> None:
     packages = f"Package: a\nFilename: {DEB.removeprefix('apt/')}\nSHA256: {sums.digest(bundle / DEB)}\n".encode()
-    release = render_release({INDEX: packages}, date="Sat, 21 Nov 2026 00:00:00 -0000")
+    release = render_release({INDEX: packages}, codename="bookworm", date="Sat, 21 Nov 2026 00:00:00 -0000")
     dist = bundle / "apt" / DIST
     (dist / INDEX).parent.mkdir(parents=True, exist_ok=True)
     (dist / INDEX).write_bytes(packages)

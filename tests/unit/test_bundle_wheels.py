@@ -23,6 +23,7 @@ from opsctl.bundle.agent_wheel import (
     requirements,
 )
 from opsctl.bundle.engine_wheels import (
+    Target,
     WantedLock,
     fetch_engine_wheels,
     pip_download_arguments,
@@ -121,7 +122,8 @@ def test_what_counts_on_a_host_is_decided_by_the_hosts_python(python: str, wante
     lock = wanted_lock("engine.lock", f"foo_bar==1.0.post1 --hash=sha256:{HASHES['a']}\n"
                        f"old==2 ; python_version < '3.12' --hash=sha256:{HASHES['b']}\n"
                        f"new==2 ; python_full_version >= '3.12' --hash=sha256:{HASHES['b']}\n"
-                       f"windows==2 ; sys_platform == 'win32' --hash=sha256:{HASHES['c']}\n", python)
+                       f"windows==2 ; sys_platform == 'win32' --hash=sha256:{HASHES['c']}\n",
+                       Target(python, (2, 36)))
     assert tuple(one.name for one in lock.requirements) == wanted
     assert lock.digests == {HASHES["a"], HASHES["b"]}
     assert ";" not in lock.text  # pip judges markers by its own Python, not by --python-version
@@ -151,7 +153,8 @@ def test_the_locks_of_releases_are_wanted_each_once(tmp_path: Path) -> None:
     (on_its_way / "manifest.json").write_text("{")
     (next(folder.glob("v3-*")) / "manifest.json.sig").unlink()  # verify's affair
     found = release_locks(tmp_path / "bundle")
-    assert [(lock.name, lock.python) for lock in found] == [(ENGINE.directory, "3.11"), (pinned.directory, "3.13")]
+    assert [(lock.name, lock.target.python) for lock in found] == [
+        (ENGINE.directory, "3.11"), (pinned.directory, "3.13")]
     assert release_locks(tmp_path / "nothing") == []
 
 
@@ -165,9 +168,10 @@ def test_pip_is_asked_for_the_hosts_python(tmp_path: Path) -> None:
 
 
 def test_pip_is_asked_for_the_python_of_the_lock(tmp_path: Path) -> None:
-    words = " ".join(pip_download_arguments(tmp_path / "a.lock", tmp_path, "3.13"))
+    words = " ".join(pip_download_arguments(tmp_path / "a.lock", tmp_path, Target("3.13", (2, 41))))
     assert "--python-version 3.13 " in words
     assert "--abi cp313 " in words
+    assert "manylinux_2_41_x86_64" in words
 
 
 @pytest.fixture

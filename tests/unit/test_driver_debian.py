@@ -16,6 +16,7 @@ from opsctl.engines.events import Event, Note, discard
 from opsctl.errors import OpsctlError, RefusedError
 from opsctl.fleet.gpus import WantedDriver, first_wrong, wanted_drivers
 from opsctl.fleet.model import Host
+from opsctl.fleet.systems import default_system
 from opsctl.resolving import warn_of_ended
 from opsctl.resources import resource
 from opsctl.stack.driver import Desired, Seen, Transaction, course, desired
@@ -114,7 +115,7 @@ def test_one_version_of_two_sources_is_refused(tmp_path: Path) -> None:
     wanted = (WantedDriver(POINT, ("open",), ("gpu-2",), ()),
               WantedDriver(POINT, ("proprietary",), ("gpu-1",), (), "debian"))
     with pytest.raises(RefusedError) as caught:
-        download_drivers(wanted, NAMES, tmp_path, discard)
+        download_drivers(wanted, default_system(), NAMES, tmp_path, discard)
     assert caught.value.code == "bundle.two_sources"
     assert "gpu-2 and gpu-1" in caught.value.message
 
@@ -129,7 +130,8 @@ def test_a_vendors_repository_alone_is_no_source_of_debians(tmp_path: Path) -> N
     (tmp_path / "sources.d/nvidia.sources").write_text(
         "Types: deb\nURIs: https://vendor.example/x\nSuites: /\nSigned-By: sources.d/any.gpg\n")
     with pytest.raises(RefusedError) as caught:
-        download_drivers((WantedDriver(POINT, ("proprietary",), ("gpu-1",), (), "debian"),), NAMES, tmp_path, discard)
+        download_drivers((WantedDriver(POINT, ("proprietary",), ("gpu-1",), (), "debian"),), default_system(), NAMES,
+                         tmp_path, discard)
     assert caught.value.code == "bundle.no_vendor_source"
     assert "sources.d/debian.sources" in caught.value.hint
 

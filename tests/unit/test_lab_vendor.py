@@ -203,7 +203,7 @@ def test_a_library_for_a_newer_glibc_is_refused(tmp_path: Path) -> None:
 
 def test_packages_refuse_a_machine_that_is_no_lab(repository: Repository, tmp_path: Path) -> None:
     assert not Path("/etc/opsctl-lab").exists(), "this test is for a computer that is no machine of a lab"
-    for deb in (repository.path / "pool/main").glob("*.deb"):
+    for deb in (repository.path / "pool/bookworm").glob("*.deb"):
         subprocess.run(["dpkg-deb", "--control", deb, tmp_path / deb.name], check=True)
         done = subprocess.run([tmp_path / deb.name / "preinst", "install"], capture_output=True, text=True, check=False)
         assert done.returncode == 1
@@ -214,7 +214,7 @@ def test_the_maintainer_scripts_are_sound(repository: Repository, tmp_path: Path
     shellcheck = shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip("not on this machine: shellcheck")
-    for deb in (repository.path / "pool/main").glob(f"*_{OLD}-1+lab_amd64.deb"):
+    for deb in (repository.path / "pool/bookworm").glob(f"*_{OLD}-1+lab_amd64.deb"):
         subprocess.run(["dpkg-deb", "--control", deb, tmp_path / deb.name], check=True)
     scripts = [path for path in tmp_path.glob("*/*") if path.name in ("preinst", "postinst", "prerm", "postrm")]
     assert len({path.name for path in scripts}) == 4

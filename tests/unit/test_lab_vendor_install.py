@@ -85,7 +85,8 @@ def machine(tmp_path: Path, repository: Repository) -> Throwaway:
     made = Throwaway(tmp_path, repository)
     for name in ("upper", "work", "root"):
         (tmp_path / name).mkdir()
-    made.write("etc/apt/sources.list.d/vendor.sources", sources_file("file:/srv/vendor/apt", "/srv/vendor/key.asc"))
+    made.write("etc/apt/sources.list.d/vendor.sources", sources_file("file:/srv/vendor/apt", "/srv/vendor/key.asc",
+                                                                          ["bookworm"]))
     probe = made.run("true")
     if probe.returncode:
         pytest.skip(f"no overlay here: {probe.stderr.strip()}")

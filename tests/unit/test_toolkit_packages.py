@@ -316,7 +316,8 @@ def machine(tmp_path: Path, repository: Repository) -> Throwaway:
     made = Throwaway(tmp_path, repository)
     for name in ("upper", "work", "root"):
         (tmp_path / name).mkdir()
-    made.write("etc/apt/sources.list.d/vendor.sources", sources_file("file:/srv/vendor/apt", "/srv/vendor/key.asc"))
+    made.write("etc/apt/sources.list.d/vendor.sources", sources_file("file:/srv/vendor/apt", "/srv/vendor/key.asc",
+                                                                          ["bookworm"]))
     made.write("etc/opsctl-lab")
     for name in ("pinned_transaction", "pinned_facts"):
         made.write(f"{name}.py", (resource("roles") / f"base/files/{name}.py").read_text())

@@ -78,7 +78,8 @@ class Host:
         text = APT_CONFIGURATION.format(root=root, archives=root / "archives", architecture=ARCHITECTURE)
         (root / "apt.conf").write_text(
             text.replace('preferencesparts "/dev/null"', f'preferencesparts "{root}/preferences"'))
-        (root / "sources/vendor.sources").write_text(sources_file(f"file:{repository.path}", str(repository.key)))
+        (root / "sources/vendor.sources").write_text(
+            sources_file(f"file:{repository.path}", str(repository.key), ["bookworm"]))
         self.have()
 
     def have(self, *wanted: str, held: Sequence[str] = ()) -> None:
@@ -102,7 +103,7 @@ class Host:
     def prefer(self, name: str, version: str) -> None:
         """Takes the preferences file out of a pin package."""
         tree = self.root / "unpacked"
-        subprocess.run(["dpkg-deb", "-x", self.repository.path / f"pool/main/{name}_{version}_amd64.deb", tree],
+        subprocess.run(["dpkg-deb", "-x", self.repository.path / f"pool/bookworm/{name}_{version}_amd64.deb", tree],
                        check=True)
         shutil.copy(tree / "etc/apt/preferences.d/nvidia-driver-pin", self.root / "preferences/nvidia-driver-pin")
         shutil.rmtree(tree)

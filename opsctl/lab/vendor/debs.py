@@ -26,8 +26,10 @@ GLIBC_SYMBOL = re.compile(rb"GLIBC_(\d+)\.(\d+)")
 Built = Mapping[str, Mapping[str, Path]]  # driver version -> "library" and "modprobe" -> the program made for it
 
 
-def make_debs(wanted: Iterable[Package], built: Built, work: Path, archives: Path, emit: Emit) -> Closure:
-    """Makes every package below ``archives``; ``work`` is scratch space.
+def make_debs(wanted: Iterable[Package], suite: str, built: Built, work: Path, archives: Path, emit: Emit) -> Closure:
+    """Makes every package of a suite below ``archives``; ``work`` is scratch space.
+
+    As NVIDIA's are, those of another suite are other files of the same name and version.
 
     Raises:
         OpsctlError: ``lab.vendor_failed``: dpkg-deb refused a package.
@@ -39,7 +41,7 @@ def make_debs(wanted: Iterable[Package], built: Built, work: Path, archives: Pat
     debs = []
     for count, package in enumerate(wanted, 1):
         tree = work / package.name
-        _tree(package, built, tree)
+        _tree(package, suite, built, tree)
         path = archives / package.file_name
         done = run([program, "--root-owner-group", "-Zgzip", "-z1", "--build", str(tree), str(path)],
                    environment={"SOURCE_DATE_EPOCH": str(EPOCH_S)})
@@ -48,7 +50,7 @@ def make_debs(wanted: Iterable[Package], built: Built, work: Path, archives: Pat
                               log_tail=last_lines(done.stderr))
         shutil.rmtree(tree)
         debs.append(Deb(path.name, path.stat().st_size, "sha256", digest(path)))
-        emit(Progress("driver packages", count, len(wanted), "items"))
+        emit(Progress(f"driver packages for {suite}", count, len(wanted), "items"))
     return Closure(tuple(debs), archives)
 
 
@@ -67,7 +69,7 @@ def check_glibc(program: Path) -> None:
                           hint="run the lab on Debian 12, or report it: the simulator should not use that function")
 
 
-def _tree(package: Package, built: Built, tree: Path) -> None:
+def _tree(package: Package, suite: str, built: Built, tree: Path) -> None:
     for file in package.files:
         _place(package, built, file.source, tree / file.path.lstrip("/"), file.mode)
     for link, target in (package.links or {}).items():
@@ -78,7 +80,8 @@ def _tree(package: Package, built: Built, tree: Path) -> None:
         _place(package, built, f"parts/{unit.name}", tree / UNITS / unit.name)
     for dropin in package.dropins:
         _place(package, built, "parts/dropin.conf", tree / UNITS / dropin / "opsctl-lab-nvidia.conf")
-    _place(package, built, "parts/readme", tree / "usr/share/doc" / package.name / "README")
+    readme = fill((PARTS / "readme").read_text(encoding="utf-8"), {**package.words, "SUITE": suite})
+    _write(tree / "usr/share/doc" / package.name / "README", readme.encode(), 0o644)
     _control_files(package, tree / "DEBIAN")
     for directory, _, _ in os.walk(tree):
         Path(directory).chmod(0o755)  # whatever the umask

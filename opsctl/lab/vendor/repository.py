@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +19,10 @@ import tomllib
 
 import opsctl.bundle.keys
 import opsctl.bundle.repository
-from opsctl.bundle.closure import CODENAME
 from opsctl.bundle.keys import checking, export_public_key, make_bundle_key, signing
 from opsctl.bundle.repository import COMPONENT, write_repository
 from opsctl.engines.events import Emit, Note, PhaseStarted
+from opsctl.lab.base import SUITES
 from opsctl.lab.gpu import library
 from opsctl.lab.state import CACHE_ROOT, locked
 from opsctl.lab.vendor.catalogue import ARCHITECTURE, drivers, packages
@@ -87,15 +87,16 @@ def recipe() -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def sources_file(uri: str, signed_by: str) -> str:
-    """The text of the ``.sources`` file (deb822) of a machine that uses the repository.
+def sources_file(uri: str, signed_by: str, suites: Sequence[str] = tuple(SUITES)) -> str:
+    """The text of the ``.sources`` file (deb822) of a machine that uses the repository, or of a fleet's folder.
 
     Args:
         uri: ``file:/srv/vendor`` or ``http://ops-1/vendor``, the folder with ``dists`` in it.
         signed_by: where the machine has the public key; an armored one's name must end in ``.asc``.
+        suites: a machine's own; a fleet's bundle takes those that its hosts run.
     """
-    return (f"Types: deb\nURIs: {uri}\nSuites: {CODENAME}\nComponents: {COMPONENT}\nArchitectures: {ARCHITECTURE}\n"
-            f"Signed-By: {signed_by}\n")
+    return (f"Types: deb\nURIs: {uri}\nSuites: {' '.join(suites)}\nComponents: {COMPONENT}\n"
+            f"Architectures: {ARCHITECTURE}\nSigned-By: {signed_by}\n")
 
 
 def _build(scratch: Path, keys: Path, makers: Makers, emit: Emit) -> None:
@@ -111,13 +112,15 @@ def _build(scratch: Path, keys: Path, makers: Makers, emit: Emit) -> None:
         built[version] = {"library": makers.library(version, programs / version / f"libnvidia-ml.so.{version}"),
                           "modprobe": modprobe}
         check_glibc(built[version]["library"])
-    closure = make_debs(packages(document), built, scratch / "trees", scratch / "debs", emit)
+    closures = {suite: make_debs(packages(document), suite, built, scratch / "trees", scratch / f"debs-{suite}", emit)
+                for suite in SUITES}
     done = scratch / "done"
     done.mkdir(mode=0o755)
     make_bundle_key(keys / "vendor", keys / "vendor.asc")
     (done / "key.asc").write_bytes(export_public_key(keys / "vendor"))
     with signing(keys / "vendor") as signer, checking(done / "key.asc") as checker:
-        write_repository(done / "apt", closure, signer, previous=scratch / "none", checker=checker)
+        for suite, closure in closures.items():
+            write_repository(done / "apt", suite, closure, signer, previous=scratch / "none", checker=checker)
     for directory, _, files in os.walk(done):
         for path in (Path(directory), *(Path(directory) / name for name in files)):
             path.chmod(0o755 if path.is_dir() else 0o644)  # apt's own user reads it, whatever the umask
