@@ -59,11 +59,12 @@ def unwatched(fleet: Path) -> None:
 
 
 @contextmanager
-def lab_of_a_module(name: str, gpu_hosts: int, directory: Path, gpus: str | None = None) -> Iterator[LabFleet]:
+def lab_of_a_module(name: str, gpu_hosts: int, directory: Path, gpus: str | None = None,
+                    suite: str | None = None) -> Iterator[LabFleet]:
     """A lab beside the shared one, for all tests of one file; gone at the end, also when what is done to it fails."""
     laboratory.down(name, keep_fleet=False, emit=discard)  # of a run that was killed
     try:
-        lab = laboratory.up(name, gpu_hosts, directory, None, discard, gpus).lab
+        lab = laboratory.up(name, gpu_hosts, directory, suite, discard, gpus).lab
         yield LabFleet(name, lab.fleet, tuple(machine.name for machine in lab.machines))
     finally:
         if state.exists(name):

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,11 +30,13 @@ from opsctl.bundle.engine_wheels import (
     pip_download_arguments,
     release_locks,
     shipped_locks,
+    targets_of,
     wanted_lock,
 )
 from opsctl.engines.events import discard
 from opsctl.errors import ConfigurationError, OpsctlError, RefusedError
 from opsctl.resources import PACKAGE
+from opsctl.stack.knowledge import knowledge
 
 
 @pytest.fixture(scope="session")
@@ -226,3 +229,62 @@ def test_a_wheel_that_nobody_has_is_named(index_on_disk: Path, wheel: Path, tmp_
         fetch_engine_wheels([lock_of(wheel)], tmp_path, discard)
     assert caught.value.code == "bundle.wheels_unavailable"
     assert "opsctl-agent" in "\n".join(caught.value.log_tail)
+
+
+BOTH = (Target("3.11", (2, 36)), Target("3.13", (2, 41)))
+
+
+def tiny_wheel(folder: Path, tag: str) -> Path:
+    """A wheel that pip takes for what its name says."""
+    path = folder / f"tiny-1.0-{tag}.whl"
+    about = {"METADATA": "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n",
+             "WHEEL": f"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: false\nTag: {tag}\n", "RECORD": ""}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in about.items():
+            archive.writestr(f"tiny-1.0.dist-info/{name}", text)
+    return path
+
+
+@pytest.mark.parametrize(("tags", "taken"), [
+    (["cp311-cp311-manylinux_2_28_x86_64", "cp313-cp313-manylinux_2_28_x86_64", "cp312-cp312-manylinux_2_28_x86_64"],
+     ["cp311-cp311-manylinux_2_28_x86_64", "cp313-cp313-manylinux_2_28_x86_64"]),
+    (["cp310-abi3-manylinux2014_x86_64"], ["cp310-abi3-manylinux2014_x86_64"]),
+    (["cp310-abi3-manylinux_2_17_x86_64", "cp310-abi3-manylinux_2_39_x86_64"],  # the second only where glibc has it
+     ["cp310-abi3-manylinux_2_17_x86_64", "cp310-abi3-manylinux_2_39_x86_64"])])
+def test_hosts_of_two_pythons_get_wheels_for_each(index_on_disk: Path, tmp_path: Path, tags: list[str],
+                                                  taken: list[str]) -> None:
+    made = [tiny_wheel(index_on_disk, tag) for tag in tags]
+    lock = "tiny==1.0" + "".join(f" --hash=sha256:{hashlib.sha256(one.read_bytes()).hexdigest()}" for one in made)
+    out = tmp_path / "out"
+    out.mkdir()
+    found = fetch_engine_wheels([wanted_lock("engine.lock", lock, target) for target in BOTH], out, discard)
+    assert found == tuple(f"tiny-1.0-{tag}.whl" for tag in taken) == tuple(sorted(path.name for path in out.iterdir()))
+
+
+def test_a_python_that_a_lock_has_no_wheel_for_is_named(index_on_disk: Path, tmp_path: Path) -> None:
+    made = tiny_wheel(index_on_disk, "cp311-cp311-manylinux_2_28_x86_64")
+    lock = f"tiny==1.0 --hash=sha256:{hashlib.sha256(made.read_bytes()).hexdigest()}"
+    with pytest.raises(OpsctlError) as caught:
+        fetch_engine_wheels([wanted_lock("engine.lock", lock, BOTH[1])], tmp_path, discard)
+    assert "engine.lock for Python 3.13" in caught.value.message
+
+
+def test_targets_are_the_releases_pythons() -> None:
+    systems = [system for system in knowledge().systems if system.id == "debian"]
+    assert targets_of(systems) == BOTH
+    older = replace(systems[1], glibc="2.40")
+    assert targets_of([systems[1], older]) == (Target("3.13", (2, 40)),)
+
+
+def test_a_release_for_any_python_is_wanted_for_each_and_one_for_one_alone(tmp_path: Path) -> None:
+    keys = make_keys(tmp_path / "keys")
+    folder = tmp_path / "bundle" / "releases" / "chat"
+    text = f"vllm==0.33.0 --hash=sha256:{HASHES['a']}\n"
+    engines = {f"v{place}": Engine("vllm", f"0.33.{place}", python, text)
+               for place, python in enumerate((">=3.10", ">=3.12", "3.13", "3.12"))}
+    for version, engine in engines.items():
+        lay_down(folder, {"model.gguf": b"x"}, keys.private, version, engine)
+    found = {(lock.name, lock.target) for lock in release_locks(tmp_path / "bundle", BOTH)}
+    assert found == {(engines["v0"].directory, BOTH[0]), (engines["v0"].directory, BOTH[1]),
+                     (engines["v1"].directory, BOTH[1]), (engines["v2"].directory, BOTH[1]),
+                     (engines["v3"].directory, Target("3.12", (2, 36)))}

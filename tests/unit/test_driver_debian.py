@@ -16,7 +16,7 @@ from opsctl.engines.events import Event, Note, discard
 from opsctl.errors import OpsctlError, RefusedError
 from opsctl.fleet.gpus import WantedDriver, first_wrong, wanted_drivers
 from opsctl.fleet.model import Host
-from opsctl.fleet.systems import default_system
+from opsctl.fleet.systems import default_system, system_of
 from opsctl.resolving import warn_of_ended
 from opsctl.resources import resource
 from opsctl.stack.driver import Desired, Seen, Transaction, course, desired
@@ -148,18 +148,21 @@ def test_provision_warns_of_a_branch_that_has_ended() -> None:
 
 
 @pytest.mark.skipif(shutil.which("apt-get") is None, reason="not a Debian")
-def test_debians_real_packages_go_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("os_release", ["debian12", "debian13"])
+def test_debians_real_packages_go_together(os_release: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine's own mirror, with non-free written beside it as an operator does; it downloads lists alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     keyring = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+    system = system_of(os_release)
+    assert system is not None
     try:
-        PrivateApt().update(discard)
+        PrivateApt(system).update(discard)
         key = keyring.read_bytes()
     except (OpsctlError, FileNotFoundError) as error:
         pytest.skip(f"no Debian mirror from here: {error}")
-    apt = PrivateApt([VendorSource(f"debian-{number}", "debian.sources", source.addresses, source.suites,
-                                   ("contrib", "non-free", "non-free-firmware"), key)
-                      for number, source in enumerate(_machine_sources())])
+    apt = PrivateApt(system, [VendorSource(f"debian-{number}", "debian.sources", source.addresses, source.suites,
+                                           ("contrib", "non-free", "non-free-firmware"), key)
+                              for number, source in enumerate(_machine_sources(system))])
     apt.update(discard)  # apt refuses two keys for one Release file
     index = parse_index(apt.index(NAMES["debian"].may_belong))
     versions = {version.partition("-")[0] for version in index.get("nvidia-smi", {})}
