@@ -31,6 +31,7 @@ from opsctl.bundle.verify import AGENT_REQUIREMENT, FOLDERS, SIGNATURE, SUMS, SW
 from opsctl.engines.events import Emit, PhaseStarted, discard
 from opsctl.errors import RefusedError
 from opsctl.resources import PACKAGE, resource
+from opsctl.stack.knowledge import System
 
 NEW, OLD = ".new", ".old"
 NAMES = (*FOLDERS, SUMS, SIGNATURE)
@@ -67,9 +68,7 @@ def build_bundle(fleet_directory: Path, bundle: Path, emit: Emit = discard, *, i
     home, trusted_key = fleet_directory / "keys" / "bundle", fleet_directory / "trust" / "bundle.asc"
     roots = tuple(packages) if packages is not None else role_packages(resource("roles"))
     wanted = wanted_by_inventory(inventory)
-    targets = targets_of(wanted.systems)
-    shipped = [*(agent_lock(target=target) for target in targets), *shipped_locks(PACKAGE / "serving", targets)]
-    wanted_locks = locks if locks is not None else [*shipped, *release_locks(bundle, targets)]
+    wanted_locks = locks if locks is not None else locks_for(bundle, wanted.systems)
     with one_build_at_a_time(emit):
         _able_to_sign(home, trusted_key)
         finish_switch(bundle)
@@ -90,6 +89,13 @@ def build_bundle(fleet_directory: Path, bundle: Path, emit: Emit = discard, *, i
     return Built(bundle, changed, tuple(closures), sum(len(closure.debs) for closure in closures.values()),
                  sum(closure.size for closure in closures.values()), wheels, verified.signed_by,
                  time.monotonic() - began)
+
+
+def locks_for(bundle: Path, systems: Sequence[System]) -> list[WantedLock]:
+    """The agent's, the engines' and the releases' locks, for each Python of the hosts."""
+    targets = targets_of(systems)
+    return [*(agent_lock(target=target) for target in targets), *shipped_locks(PACKAGE / "serving", targets),
+            *release_locks(bundle, targets)]
 
 
 def switch(bundle: Path) -> None:

@@ -23,6 +23,7 @@ from opsctl.bundle.agent_wheel import (
     requirement_line,
     requirements,
 )
+from opsctl.bundle.build import locks_for
 from opsctl.bundle.engine_wheels import (
     Target,
     WantedLock,
@@ -274,6 +275,13 @@ def test_targets_are_the_releases_pythons() -> None:
     assert targets_of(systems) == BOTH
     older = replace(systems[1], glibc="2.40")
     assert targets_of([systems[1], older]) == (Target("3.13", (2, 40)),)
+
+
+def test_what_ships_is_wanted_for_each_python_of_the_hosts(tmp_path: Path) -> None:
+    found = locks_for(tmp_path, [system for system in knowledge().systems if system.id == "debian"])
+    names = {"agent.lock", *(path.name for path in (PACKAGE / "serving").glob("*.lock"))}
+    assert len(names) > 1
+    assert {(lock.name, lock.target) for lock in found} == {(name, target) for name in names for target in BOTH}
 
 
 def test_a_release_for_any_python_is_wanted_for_each_and_one_for_one_alone(tmp_path: Path) -> None:

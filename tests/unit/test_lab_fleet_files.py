@@ -59,6 +59,13 @@ def test_the_product_reads_it(lab: Lab) -> None:
     assert known[2] == "gpu-2,10.91.0.12 ssh-ed25519 AAAAgpu-2"
 
 
+@pytest.mark.parametrize(("suite", "os_release"), [("bookworm", "debian12"), ("trixie", "debian13")])
+def test_its_inventory_says_what_the_machines_run(lab: Lab, suite: str, os_release: str) -> None:
+    (lab.fleet / "inventory.ini").write_text(fleet_files.inventory(replace(lab, suite=suite)))
+    fleet = read_fleet(lab.fleet / "inventory.ini")
+    assert {host.os_release for host in fleet.hosts} == {os_release}
+
+
 def test_all_of_it_goes(lab: Lab) -> None:
     (lab.fleet / "bundle").mkdir(exist_ok=True)
     (lab.fleet / "bundle/SHA256SUMS").write_text("made in the course of work")

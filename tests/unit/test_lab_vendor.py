@@ -5,6 +5,7 @@ Real apt and apt-ftparchive on private directories; transactions are simulated (
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -183,6 +184,16 @@ def test_a_repository_is_built_once_and_again_with_the_same_bytes(repository: Re
     assert build(tmp_path, events.append) == built
     assert not events
     assert not list((tmp_path / "vendor").glob(".building-*"))
+
+
+def test_each_suite_has_the_same_packages_and_other_files(repository: Repository) -> None:
+    """As NVIDIA's: who mixes them up in one pool or cache takes one for the other."""
+    indexes = {suite: (repository.path / f"dists/{suite}/main/binary-amd64/Packages").read_text()
+               for suite in ("bookworm", "trixie")}
+    named = {suite: set(re.findall(r"^Filename: .*/(\S+)$", text, re.MULTILINE)) for suite, text in indexes.items()}
+    sums = {suite: set(re.findall(r"^SHA256: (\S+)$", text, re.MULTILINE)) for suite, text in indexes.items()}
+    assert named["bookworm"] == named["trixie"] != set()
+    assert not sums["bookworm"] & sums["trixie"]
 
 
 def test_a_build_that_fails_leaves_nothing_that_looks_built(tmp_path: Path) -> None:
