@@ -31,7 +31,7 @@ TRUST = ("allowed_signers", "bundle.asc")
 @pytest.mark.of("host", "is provisioned")
 def test_provisioned(asked) -> None:
     if not asked.provisioned:
-        raise Wrong("opsctl's own programs in /opt/opsctl/agent", "none: the host was never provisioned")
+        raise Wrong("opsctl's own programs in /opt/opsctl/agent", "none: the host was never provisioned to the end")
     if asked.state["host"] != asked.host.name:
         raise Wrong(f"a host that was provisioned as {asked.host.name}",
                     f"one that was provisioned as {asked.state['host']}")

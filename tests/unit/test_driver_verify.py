@@ -42,7 +42,8 @@ class Played:
 
     @property
     def host(self) -> Host:
-        return Host("gpu-1", "192.0.2.11", ("gpu",), variables=self.variables)
+        return Host("gpu-1", "192.0.2.11", ("gpu",), variables=self.variables,
+                    gpus=tuple(self.variables.get("gpu_uuids", ())) or None)
 
     @property
     def machine(self) -> Any:
@@ -93,3 +94,18 @@ def test_what_is_wrong_is_told(tests: ModuleType, name: str, played: Played, exp
     assert expected in caught.value.expected
     assert found in caught.value.found
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(("agent", "record", "asked"),
+                         [(True, None, True), (False, RECORD, True), (False, None, False)])
+def test_a_provision_that_ended_with_the_driver_is_asked_too(
+        tests: ModuleType, agent: bool, record: dict[str, Any] | None, asked: bool) -> None:
+    """No GPU answered, so the agent never came: what is wrong with the driver is what a person wants to know."""
+    host = Played(record=record)
+    host.provisioned = agent  # type: ignore[attr-defined]
+    fixture = tests.driven._get_wrapped_function()
+    if asked:
+        assert fixture(host) is host
+    else:
+        with pytest.raises(pytest.skip.Exception):
+            fixture(host)

@@ -262,7 +262,7 @@ def test_a_machine_that_was_never_provisioned_is_exit_9_and_says_so(fleet: Fleet
     first = document["checks"][0]
     assert first == {"host": "box", "check": "is provisioned", "verdict": "wrong", "hint": "opsctl provision",
                      "expected": "opsctl's own programs in /opt/opsctl/agent",
-                     "found": "none: the host was never provisioned"}
+                     "found": "none: the host was never provisioned to the end"}
     assert document["wrong"] >= 1
     assert {check["found"] for check in document["checks"] if check["check"].startswith("chat.0")} == {
         "the host is not provisioned"}
