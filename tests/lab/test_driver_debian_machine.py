@@ -18,6 +18,7 @@ from conftest import NAME, LabFleet, lab_of_a_module, unwatched
 
 from opsctl.bundle.private_apt import _machine_sources
 from opsctl.errors import ExitCode
+from opsctl.fleet.systems import default_system
 from opsctl.lab.model import write_model
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow, pytest.mark.timeout(3600)]  # modules are built
@@ -38,7 +39,7 @@ def debian(computer: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     if not KEYRING.exists():
         pytest.skip(f"no {KEYRING} here")
     directory = tmp_path_factory.mktemp("debian") / "fleet"
-    with lab_of_a_module(f"{NAME}-debian", 1, directory, "gpu-1=1xV100") as fleet:
+    with lab_of_a_module(f"{NAME}-debian", 1, directory, "gpu-1=1xV100", suite="bookworm") as fleet:
         unwatched(directory)
         text = re.sub(r"nvidia_driver_.*\n", "", fleet.inventory.read_text())
         fleet.inventory.write_text(re.sub(r"(\[gpu:vars\])\n", LINES, text))
@@ -46,7 +47,7 @@ def debian(computer: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         (directory / "sources.d/debian.sources").write_text("\n".join(
             f"Types: deb\nURIs: {' '.join(source.addresses)}\nSuites: {' '.join(source.suites)}\n"
             "Components: contrib non-free non-free-firmware\nSigned-By: sources.d/debian.gpg\n"
-            for source in _machine_sources()))
+            for source in _machine_sources(default_system())))
         succeeds("bundle", "build", inventory=fleet.inventory)  # with the headers of Debian's kernel
         with_headers(fleet)
         fleet.inventory.write_text(fleet.inventory.read_text().replace(SOURCE, f"{SOURCE}nvidia_driver_own=[]\n"))
