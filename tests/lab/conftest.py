@@ -1,7 +1,8 @@
 """The lab that the lab tests share: ops-1 and two GPU hosts, brought up once, gone at the end with all it made.
 
 A test that breaks machines makes a lab of its own (two machines are up in two seconds) or leaves this one as it was.
-``OPSCTL_TEST_LAB`` gives it another name, for two test runs on one computer.
+``OPSCTL_TEST_LAB`` gives it another name, for two test runs on one computer; ``OPSCTL_TEST_SUITE=trixie`` runs the
+tests on machines with Debian 13.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from opsctl.engines.events import discard
 from opsctl.lab import laboratory, requirements, state
 
 NAME = os.environ.get("OPSCTL_TEST_LAB", "test")
+SUITE = os.environ.get("OPSCTL_TEST_SUITE")
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def lab_of_a_module(name: str, gpu_hosts: int, directory: Path, gpus: str | None
     """A lab beside the shared one, for all tests of one file; gone at the end, also when what is done to it fails."""
     laboratory.down(name, keep_fleet=False, emit=discard)  # of a run that was killed
     try:
-        lab = laboratory.up(name, gpu_hosts, directory, suite, discard, gpus).lab
+        lab = laboratory.up(name, gpu_hosts, directory, suite or SUITE, discard, gpus).lab
         yield LabFleet(name, lab.fleet, tuple(machine.name for machine in lab.machines))
     finally:
         if state.exists(name):
@@ -97,7 +99,7 @@ def lab_fleet(computer: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
         before = leftovers(NAME)
         directory = tmp_path_factory.mktemp("lab") / "fleet"
         try:
-            lab = laboratory.up(NAME, 2, directory, None, discard).lab
+            lab = laboratory.up(NAME, 2, directory, SUITE, discard).lab
             unwatched(lab.fleet)
             yield LabFleet(NAME, directory, tuple(machine.name for machine in lab.machines))
         finally:
@@ -122,7 +124,7 @@ def own_lab(computer: None, request: pytest.FixtureRequest, tmp_path: Path) -> I
     """A lab of one test's own with one GPU host; ``parametrize("own_lab", [3], indirect=True)`` makes it three."""
     name = f"{NAME}-own"
     try:
-        lab = laboratory.up(name, getattr(request, "param", 1), tmp_path / "fleet", None, discard).lab
+        lab = laboratory.up(name, getattr(request, "param", 1), tmp_path / "fleet", SUITE, discard).lab
         yield LabFleet(name, lab.fleet, tuple(machine.name for machine in lab.machines))
     finally:
         if state.exists(name):

@@ -20,7 +20,7 @@ from under_load import be_nice, import_slow, load_on, lost, told
 
 from opsctl.releases.remote import HOST_PROGRAM
 
-pytestmark = [pytest.mark.lab, pytest.mark.slow]
+pytestmark = [pytest.mark.lab, pytest.mark.slow, pytest.mark.timeout(2400)]
 
 OLD, NEW = "580.126.09", "595.71.05"
 KEEP = "/usr/local/lib/opsctl/driver-keep"
