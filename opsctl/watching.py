@@ -92,7 +92,7 @@ class Watch:
 
     def _ask(self, name: str) -> str:
         try:
-            said = self._sessions[name].run(["python3", "-", "dpkg"], stdin=self._program, timeout_s=TIMEOUT_S)
+            said = self._sessions[name].run(["python3", "-", "holder"], stdin=self._program, timeout_s=TIMEOUT_S)
         except OpsctlError:  # it reboots, or is gone: whoever works there says so
             return ""
         return said.stdout.strip() if said.returncode == 0 else ""

@@ -21,8 +21,9 @@ from opsctl.checking.model import (
 
 OUR_SOURCE = "/etc/apt/sources.list.d/opsctl.sources"
 OUR_UNIT = "opsctl-driver.service"
-OURS = re.compile(r"^(?:lib)?nvidia-|^libcuda1$|^cuda-drivers|^dkms$")  # what a provision mends by itself
-UNPACKED = "unpacked but not yet configured"
+# what a provision mends by itself
+OURS = re.compile(r"nvidia|^libcuda(?:1$|debugger)|^libnv(?:cuvid|optix|sdm)|^libxnvctrl|^cuda-drivers|^dkms$")
+CUT_OFF = re.compile(r"unpacked but not yet configured|half configured|been triggered")
 HARMLESS = ("md5sums control file",)  # dpkg works without them
 # apt 2 says E: and W:, apt 3 Error: and Warning:
 KEY_TROUBLE = re.compile(r"NO_PUBKEY|EXPKEYSIG|REVKEYSIG|KEYEXPIRED|BADSIG|is not signed|Missing key|is not bound|"
@@ -38,13 +39,18 @@ BROKEN = re.compile(r"^(?:E|Error): (?!Failed to fetch|The repository|Release fi
 
 def dpkg_state(captured: Captured, wanted: Wanted) -> Judged:
     """``dpkg --audit``: nothing is installed while something is half way, unless it is what the run itself mends."""
-    if captured.exit("dpkg-audit") in (127, None):
-        return skip("dpkg did not answer" if captured.exit("dpkg-audit") is None else "there is no dpkg")
+    why = ("dpkg did not answer" if captured.exit("dpkg-audit") is None else
+           "there is no dpkg" if captured.exit("dpkg-audit") == 127 else
+           "somebody works with dpkg just now, who is half way"
+           if any("/dpkg/" in row["lock"] for row in captured.rows("locks")) else "")
+    if why:
+        return skip(why)
     found = audited(captured.out("dpkg-audit"))
     foreign = [name for name in found["grave"] if not OURS.search(name)]
     configure = shell(wanted, "dpkg --configure --pending && apt-get --fix-broken install")
     if foreign:
-        return fix(f"dpkg is half way with {some(found['grave'])}", configure, stops=True)
+        return fix(f"dpkg is half way with {some(found['grave'])}", configure,
+                   stops=captured.as_root)  # who is not root does not see whether somebody works with dpkg
     if found["grave"]:
         return fix(f"dpkg is half way with {some(found['grave'])}: the driver's, which a provision mends",
                    provision(wanted))
@@ -57,7 +63,7 @@ def dpkg_state(captured: Captured, wanted: Wanted) -> Judged:
 
 
 def audited(text: str) -> dict[str, list[str]]:
-    """Packages in ``dpkg --audit``: ``grave``, ``unpacked``, which apt configures by itself as it installs, ``light``.
+    """Packages in ``dpkg --audit``: ``grave``, ``unpacked``, which apt finishes by itself as it installs, ``light``.
 
     A section is a paragraph of prose, then indented names.
     """
@@ -65,7 +71,8 @@ def audited(text: str) -> dict[str, list[str]]:
     prose = ""
     for line in text.splitlines():
         if line.startswith(" ") and line.strip():
-            kind = "light" if any(mark in prose for mark in HARMLESS) else "unpacked" if UNPACKED in prose else "grave"
+            kind = ("light" if any(mark in prose for mark in HARMLESS) else
+                    "unpacked" if CUT_OFF.search(prose) else "grave")
             name = line.split()[0].partition(":")[0]
             found["grave" if kind == "unpacked" and OURS.search(name) else kind].append(name)
         else:

@@ -37,7 +37,8 @@ FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, 
 LOCKS = ("/var/lib/dpkg/lock-frontend", "/var/lib/dpkg/lock", "/var/lib/apt/lists/lock")
 PORTS = (9400,)
 DISKS = ("/", "/boot", "/var", "/opt", "/srv")
-PACKAGES = ("nvidia-*", "libnvidia-*", "libcuda1", "cuda-drivers*", "xserver-xorg-video-nvidia*", "datacenter-gpu-*")
+PACKAGES = ("*nvidia*", "libcuda1", "libcudadebugger*", "cuda-drivers*", "libnvcuvid*", "libnvoptix*", "libnvsdm*",
+            "libxnvctrl*", "datacenter-gpu-*")
 TIME_SERVICES = ("systemd-timesyncd", "chrony", "chronyd", "ntpsec", "ntp", "ntpd", "openntpd")
 FILES = ("/etc/os-release", "/proc/cmdline", "/proc/meminfo", "/proc/swaps", "/proc/modules",
          "/proc/sys/vm/overcommit_memory", "/lib/modules/lab/nvidia.version")

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import paramiko
+from paramiko.common import cMSG_CHANNEL_SUCCESS
 
 from opsctl.fleet.known_hosts import HostKey, pin_name
 
@@ -100,6 +101,12 @@ class _Answers(paramiko.ServerInterface):
     def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
         for program, path in self._server.programs.items():
             command = command.replace(program.encode(), bytes(path))
+        # paramiko says yes only after this returns, and a command that is over by then would close the channel first,
+        # which no sshd does. A second yes harms nobody.
+        yes = paramiko.Message()
+        yes.add_byte(cMSG_CHANNEL_SUCCESS)
+        yes.add_int(channel.remote_chanid)
+        self._transport._send_user_message(yes)
         threading.Thread(target=_execute, args=(channel, command, self._server.environment), daemon=True).start()
         return True
 

@@ -28,6 +28,7 @@ from opsctl.cli import main
 from opsctl.engines.events import Event, TaskResult
 from opsctl.errors import OpsctlError
 from opsctl.fleet.model import Fleet, Host, Service
+from opsctl.resources import resource
 
 INVENTORY = ("[gpu]\ngpu-1 ansible_connection=local service_address=127.0.0.1 management_address=127.0.0.1 "
              "nvidia_driver_version=580.105.08 gpu_model=H100\n[lb]\ngpu-1\n[gateway]\ngpu-1\n[monitor]\ngpu-1\n")
@@ -249,3 +250,11 @@ def test_the_worst_host_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert said.exit_code == 9, said.stderr
     assert said.stdout.index("gpu-2: 1 FIX") < said.stdout.index("gpu-1: 0 FIX")
     assert re.search(r"^  FIX   reachable +nothing within 10 s\.$", said.stdout, re.MULTILINE)
+
+
+def test_whatever_moves_with_a_driver_is_asked_for() -> None:
+    """What is not in the list counts as a package of the site's own, which stops a change of the driver."""
+    keep = resource("roles/nvidia_driver/files") / "driver_keep.py"
+    patterns = re.search(r"^PATTERNS = (\(.*?\))$", keep.read_text(), re.MULTILINE | re.DOTALL)
+    assert patterns is not None
+    assert set(ast.literal_eval(patterns[1])) <= set(probe.PACKAGES)

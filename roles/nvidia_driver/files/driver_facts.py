@@ -1,7 +1,7 @@
 """Prints as JSON what a host has of GPUs and their driver; with ``upstream`` also what its package sources have.
 
 Arguments: where packages come from, and the names and patterns of packages that are asked for; none: no package is.
-``dpkg`` alone: prints in words who works with dpkg, and nothing where nobody does.
+``holder`` alone: prints in words who works with dpkg, and nothing where nobody does.
 Looks at /sys, /proc, dpkg and systemd, and asks no driver: there may be none yet.
 """
 
@@ -108,7 +108,7 @@ def said(argv: Sequence[str]) -> str:
 
 
 def main() -> None:
-    if sys.argv[1:] == ["dpkg"]:
+    if sys.argv[1:] == ["holder"]:
         sys.stdout.write(dpkg_holder())
         return
     kernel = os.uname().release
