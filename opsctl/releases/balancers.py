@@ -147,62 +147,6 @@ class Haproxy:
                               log_tail=error.log_tail) from error
 
 
-class Hook:
-    """An executable that is called with ``drain|undrain|sessions SERVER``; ``sessions`` prints a number."""
-
-    def __init__(self, program: Path) -> None:
-        self._program = program
-
-    def open_sessions(self, server: str, wait_s: float) -> tuple[int, tuple[str, ...]]:
-        said = self._call("sessions", server)
-        if not said.strip().isdigit():
-            raise PausedError("balancer.hook", f"{self._program} sessions {server} printed {said.strip()[:80]!r}, not "
-                              "a number.", hint="it prints how many requests the load balancer has there now")
-        if int(said):
-            time.sleep(wait_s)
-        return int(said), ()
-
-    def rotating(self, servers: Collection[str]) -> frozenset[str]:
-        return frozenset(servers)
-
-    def claimed(self, server: str, before: Collection[str] = ()) -> tuple[str, ...]:
-        return ()
-
-    def adopt(self, server: str, names: Collection[str]) -> None:
-        pass
-
-    def ours(self, server: str) -> tuple[str, ...]:
-        return ()
-
-    def names(self) -> tuple[str, ...]:
-        return ()
-
-    def lacking(self, server: str, wait_s: float) -> tuple[str, ...]:
-        return ()
-
-    def drain(self, server: str, leave: Collection[str] = ()) -> None:
-        self._call("drain", server)
-
-    def undrain(self, server: str) -> None:
-        self._call("undrain", server)
-
-    def close(self) -> None:
-        pass
-
-    def _call(self, word: str, server: str) -> str:
-        try:
-            done = subprocess.run([self._program, word, server], capture_output=True, text=True, check=False,
-                                  timeout=HOOK_TIMEOUT_S, stdin=subprocess.DEVNULL)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise PausedError("balancer.hook", f"{self._program} {word} {server} could not be run: {error}.",
-                              hint="mend the hook, then the same command again") from None
-        if done.returncode:
-            raise PausedError("balancer.hook", f"{self._program} {word} {server} ended with {done.returncode}.",
-                              hint="mend the hook, then the same command again",
-                              log_tail=done.stderr.splitlines()[-10:])
-        return done.stdout
-
-
 class Nobody:
     """``load_balancer=none``."""
 
@@ -235,6 +179,41 @@ class Nobody:
 
     def close(self) -> None:
         pass
+
+
+class Hook(Nobody):
+    """An executable that is called with ``drain|undrain|sessions SERVER``; ``sessions`` prints a number."""
+
+    def __init__(self, program: Path) -> None:
+        self._program = program
+
+    def open_sessions(self, server: str, wait_s: float) -> tuple[int, tuple[str, ...]]:
+        said = self._call("sessions", server)
+        if not said.strip().isdigit():
+            raise PausedError("balancer.hook", f"{self._program} sessions {server} printed {said.strip()[:80]!r}, not "
+                              "a number.", hint="it prints how many requests the load balancer has there now")
+        if int(said):
+            time.sleep(wait_s)
+        return int(said), ()
+
+    def drain(self, server: str, leave: Collection[str] = ()) -> None:
+        self._call("drain", server)
+
+    def undrain(self, server: str) -> None:
+        self._call("undrain", server)
+
+    def _call(self, word: str, server: str) -> str:
+        try:
+            done = subprocess.run([self._program, word, server], capture_output=True, text=True, check=False,
+                                  timeout=HOOK_TIMEOUT_S, stdin=subprocess.DEVNULL)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise PausedError("balancer.hook", f"{self._program} {word} {server} could not be run: {error}.",
+                              hint="mend the hook, then the same command again") from None
+        if done.returncode:
+            raise PausedError("balancer.hook", f"{self._program} {word} {server} ended with {done.returncode}.",
+                              hint="mend the hook, then the same command again",
+                              log_tail=done.stderr.splitlines()[-10:])
+        return done.stdout
 
 
 def _hook(fleet: Fleet) -> Path:
