@@ -127,3 +127,33 @@ class Paths:
     @property
     def ledgers(self) -> Path:
         return self.root / "srv/opsctl-gateway/ledger"
+
+    @property
+    def guard(self) -> Path:
+        """What the guard is at and how it came there, for all to read (``guard/told.py``)."""
+        return self.root / "run/opsctl/agent/guard.json"
+
+    @property
+    def guard_state(self) -> Path:
+        """What the guard remembers over a restart of the agent; the folder is its unit's StateDirectory."""
+        return self.state / "guard/state.json"
+
+    @property
+    def guard_orders(self) -> Path:
+        """What an operator told the guard (``opsctl guard mode``, a latch that is lifted); written by opsctl-host."""
+        return self.state / "guard-orders.json"
+
+    @property
+    def guard_policy(self) -> Path:
+        """Numbers of the guard that differ from its own; Ansible's."""
+        return self.root / "etc/opsctl/guard.toml"
+
+    @property
+    def setter_socket(self) -> Path:
+        """Where the part with root listens that sets clocks, power limits and units."""
+        return self.root / "run/opsctl/setter/setter.sock"
+
+    @property
+    def setter_state(self) -> Path:
+        """What that part has set and not yet restored; fsynced before it sets."""
+        return self.state / "setter/set.json"

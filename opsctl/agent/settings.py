@@ -32,7 +32,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Placement:
-    """One instance on this host: TCP address and port of its engine, UUIDs of its GPUs."""
+    """One instance on this host: TCP address and port of its engine, UUIDs of its GPUs.
+
+    ``statistics``: the read-only pages of the load balancers that send it requests, as URLs of CSV; ``min_serving``
+    others must serve before the guard may stop it.
+    """
 
     instance: str
     service: str
@@ -41,6 +45,8 @@ class Placement:
     port: int
     gpus: tuple[str, ...] = ()
     tensor_parallel: int = 1
+    min_serving: int = 1
+    statistics: tuple[str, ...] = ()
 
     @property
     def unit(self) -> str:
@@ -76,6 +82,8 @@ def read_placement(paths: Paths, instance: str) -> Placement:
         port=_take(table, "port", int, path),
         gpus=tuple(str(gpu) for gpu in gpus),
         tensor_parallel=_take(table, "tensor_parallel", int, path, 1),
+        min_serving=_take(table, "min_serving", int, path, 1),
+        statistics=tuple(str(url) for url in _take(table, "statistics", list, path, [])),
     )
     if placement.instance != instance or instance != f"{placement.service}.{placement.index}":
         raise ConfigurationError("instance.wrong_placement", f"{path}: instance = {placement.instance}, but the file, "
