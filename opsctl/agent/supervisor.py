@@ -1,7 +1,8 @@
-"""``opsctl-agent``: the load balancer's voice, and the exporter of this host's GPUs (``gpu/exporter.py``).
+"""``opsctl-agent``: the load balancer's voice, the exporter of this host's GPUs (``gpu/exporter.py``), and their guard
+(``guard/keeper.py``).
 
 One event loop. Systemd is asked in the background, so an answer never waits for it; drains, marks and the current
-release are a few small files, read as they are when the question comes. However the exporter fails, the voice goes on.
+release are a few small files, read as they are when the question comes. However exporter or guard fail, the voice goes on.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from typing import Protocol
 
 from opsctl.agent import systemd, unfinished
-from opsctl.agent.drains import least_weight, read_drains
+from opsctl.agent.drains import FULL, least_weight, read_drains
 from opsctl.agent.gpu.exporter import Exporter
+from opsctl.agent.guard.hands import Hands
+from opsctl.agent.guard.keeper import Keeper
 from opsctl.agent.paths import Paths
+from opsctl.agent.setter.client import Setter
 from opsctl.agent.settings import instance_names, read_settings
 from opsctl.agent.state import agent_version
 from opsctl.agent.voice import Facts, answer
@@ -29,9 +34,33 @@ SYSTEMD_TIMEOUT_S = 5.0
 QUESTION_TIMEOUT_S = 2.0
 QUESTION_LIMIT = 256
 AGAIN_S = 10.0
+LEAVE_S = 5.0
 
 
-def look(paths: Paths, instance: str, active: str) -> Facts:
+class Guarded(Protocol):
+    """What the guard says of an instance."""
+
+    def weight(self, instance: str) -> int: ...
+
+    def down(self, instance: str) -> str: ...
+
+    def stopped(self, instance: str) -> bool: ...
+
+
+class Unguarded:
+    """Nothing is known against any instance."""
+
+    def weight(self, _: str) -> int:
+        return FULL
+
+    def down(self, _: str) -> str:
+        return ""
+
+    def stopped(self, _: str) -> bool:
+        return False
+
+
+def look(paths: Paths, instance: str, active: str, guard: Guarded) -> Facts:
     """The facts of one instance now; ``active`` is its unit's last known ActiveState."""
     if "/" in instance or not (paths.placements / f"{instance}.toml").is_file():
         return Facts(placed=False)
@@ -43,7 +72,8 @@ def look(paths: Paths, instance: str, active: str) -> Facts:
     cut_off = unfinished.of_earlier_boot(paths, instance)
     return Facts(placed=True, release=release, active=active, draining=paths.draining(instance).exists(),
                  unfinished=cut_off, tried=not cut_off and has_record(paths, instance),
-                 weight=least_weight(read_drains(paths, instance)))
+                 weight=min(least_weight(read_drains(paths, instance)), guard.weight(instance)),
+                 cannot=guard.down(instance), stopped=guard.stopped(instance))
 
 
 def has_record(paths: Paths, instance: str) -> bool:
@@ -57,9 +87,14 @@ class Voice:
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
         self._active: dict[str, str] = {}
+        self.guard: Guarded = Unguarded()
+
+    def active(self, instance: str) -> str:
+        """The last known ActiveState of its unit, empty when there is none."""
+        return self._active.get(instance, "")
 
     def answer(self, instance: str) -> str:
-        return answer(look(self._paths, instance, self._active.get(instance, "")))
+        return answer(look(self._paths, instance, self.active(instance), self.guard))
 
     async def serve(self, address: str, port: int) -> asyncio.Server:
         return await asyncio.start_server(self._one, address, port, limit=QUESTION_LIMIT, reuse_address=True)
@@ -145,11 +180,15 @@ async def supervise(paths: Paths) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    exporter = Exporter(paths, settings, agent_version(), _say)
+    hands = Hands(Setter(paths.setter_socket), _say)
+    keeper = Keeper(paths, settings.host, hands, voice.active, _say)
+    voice.guard = keeper
+    exporter = Exporter(paths, settings, agent_version(), _say, guard=lambda: keeper.document, on_sample=keeper.see)
     background = [asyncio.create_task(voice.poll_for_ever()), asyncio.create_task(_watchdog()),
                   asyncio.create_task(_keep("GPU reader", exporter.tend)),
                   asyncio.create_task(_keep("kernel log", exporter.hear_kernel)),
-                  asyncio.create_task(_keep("metrics", exporter.serve))]
+                  asyncio.create_task(_keep("metrics", exporter.serve)),
+                  asyncio.create_task(_keep("guard", keeper.tend))]
     _say(f"answering for {settings.host} on {settings.listen}:{settings.agent_check_port}")
     notify("READY=1")
     await stop.wait()
@@ -157,6 +196,8 @@ async def supervise(paths: Paths) -> None:
     for task in background:
         task.cancel()
     await asyncio.gather(*background, return_exceptions=True)
+    with suppress(OSError, asyncio.TimeoutError):  # the setter does it by itself a little later
+        await asyncio.wait_for(keeper.leave(), LEAVE_S)
     server.close()
 
 

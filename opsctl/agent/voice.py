@@ -22,7 +22,9 @@ class Facts:
     draining: bool = False
     unfinished: bool = False  # its start ended with an earlier boot: nothing ever saw this release serve
     tried: bool = False  # a first start or cutover is at work: no gate has passed yet
-    weight: int = 100  # percent; the least over all owners of drains
+    weight: int = 100  # percent; the least over all owners of drains, and the guard
+    cannot: str = ""  # why the guard knows that it cannot serve
+    stopped: bool = False  # by the guard
 
 
 def answer(facts: Facts) -> str:
@@ -35,7 +37,10 @@ def answer(facts: Facts) -> str:
         return "down #unfinished start"
     if facts.active == "deactivating" or ((facts.draining or facts.tried) and facts.active in (*ALIVE, "")):
         return "up 0%"
+    if facts.cannot:
+        return f"down #{facts.cannot}"
     if facts.active in ALIVE or not facts.active:
         # Not knowing the unit is no reason to take an instance away: the load balancer checks the engine itself.
         return f"up {facts.weight}%"
-    return {"activating": "down #starting", "failed": "down #failed"}.get(facts.active, "down #stopped")
+    stopped = "down #stopped by the guard" if facts.stopped else "down #stopped"
+    return {"activating": "down #starting", "failed": "down #failed"}.get(facts.active, stopped)
