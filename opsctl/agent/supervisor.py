@@ -2,7 +2,8 @@
 (``guard/keeper.py``).
 
 One event loop. Systemd is asked in the background, so an answer never waits for it; drains, marks and the current
-release are a few small files, read as they are when the question comes. However exporter or guard fail, the voice goes on.
+release are a few small files, read as they are when the question comes. However exporter or guard fail, the voice goes
+on.
 """
 
 from __future__ import annotations

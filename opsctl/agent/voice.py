@@ -37,10 +37,8 @@ def answer(facts: Facts) -> str:
         return "down #unfinished start"
     if facts.active == "deactivating" or ((facts.draining or facts.tried) and facts.active in (*ALIVE, "")):
         return "up 0%"
-    if facts.cannot:
-        return f"down #{facts.cannot}"
     if facts.active in ALIVE or not facts.active:
         # Not knowing the unit is no reason to take an instance away: the load balancer checks the engine itself.
-        return f"up {facts.weight}%"
+        return f"down #{facts.cannot}" if facts.cannot else f"up {facts.weight}%"
     stopped = "down #stopped by the guard" if facts.stopped else "down #stopped"
     return {"activating": "down #starting", "failed": "down #failed"}.get(facts.active, stopped)

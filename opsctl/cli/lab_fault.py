@@ -29,6 +29,8 @@ def fault(
                                             help="Which GPU of the host.")] = None,
     factor: Annotated[float | None, typer.Option("--factor", show_default="2",
                                                  help="cooling: so many times worse; 1 mends it.")] = None,
+    tau: Annotated[float | None, typer.Option("--tau", show_default="the GPU's own", metavar="SECONDS",
+                                              help="cooling: how fast it shows.")] = None,
     name: Annotated[str | None, typer.Option("--name", help="Which lab. Default: lab, or the only one there is.",
                                              show_default=False)] = None,
     as_json: AsJson = False,
@@ -41,7 +43,7 @@ def fault(
     with speaking("lab fault", as_json=as_json, debug=debug) as speaker:
         from opsctl.lab import laboratory
 
-        act = _act(kind, value, factor)
+        act = _act(kind, value, factor, tau)
         which = 0 if gpu is None and kind in ("xid", "lost") else gpu
         lab = laboratory.fault(name, host, which, act)
         described = laboratory.describe(lab)
@@ -49,7 +51,7 @@ def fault(
         speaker.result(described, f"{host}: {'; '.join(now) if now else 'nothing is broken'}")
 
 
-def _act(kind: str, value: str | None, factor: float | None) -> Callable[[Faults, tuple[int, ...]], Faults]:
+def _act(kind: str, value: str | None, factor: float | None, tau_s: float | None) -> Callable[[Faults, tuple[int, ...]], Faults]:
     """The change that the words ask for.
 
     Raises:
@@ -63,10 +65,11 @@ def _act(kind: str, value: str | None, factor: float | None) -> Callable[[Faults
     if (value is not None) != (kind in ("xid", "nvml-hang")):
         raise UsageError("lab.fault_value", f"{kind} takes {'no value' if value else 'a value'}.",
                          hint="xid 79, nvml-hang 60s, cooling --factor 2, lost, clear")
-    if factor is not None and kind != "cooling":
-        raise UsageError("lab.fault_value", f"--factor is for cooling, not for {kind}.")
+    if (factor is not None or tau_s is not None) and kind != "cooling":
+        raise UsageError("lab.fault_value", f"--factor and --tau are for cooling, not for {kind}.")
     if kind == "cooling":
-        return lambda there, gpus: faults.cool(there, gpus, 2.0 if factor is None else factor)
+        worse = 2.0 if factor is None else factor
+        return lambda there, gpus: faults.cool(there, gpus, worse, tau_s)
     if kind == "lost":
         return faults.lose
     if kind == "clear":

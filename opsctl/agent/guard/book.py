@@ -1,7 +1,7 @@
 """What the guard keeps in files: its memory over a restart, and the orders of people.
 
-``state.json`` is the agent's own: each instance's memory with the boot it is of, and for how long this host was observed.
-``guard-orders.json`` is written by ``opsctl-host`` (root) and only read here.
+``state.json`` is the agent's own: each instance's memory with the boot it is of, and for how long this host was
+observed. ``guard-orders.json`` is written by ``opsctl-host`` (root) and only read here.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def read_orders(path: Path) -> Orders:
 
 
 def read(path: Path, boot: str) -> Kept:
-    """What is kept; after a boot clocks, units and rungs begin anew, and only a latch stays. Nothing readable: empty."""
+    """What is kept; after a boot clocks, units and rungs begin anew, a latch stays. Nothing that can be read: empty."""
     try:
         document = json.loads(path.read_bytes())
         memories = {str(name): memory(one) for name, one in document["memories"].items()}

@@ -210,7 +210,8 @@ class Keeper:
         if decision.rung != before:
             one.course.moved(int(before), int(decision.rung), words, self._wall())
         acts = "" if decision.acts else " (observed only: clocks and stops are left alone)"
-        self._say(f"guard: {instance}: {before.word} -> {decision.rung.word}, weight {decision.weight} %{acts}: {words}")
+        self._say(f"guard: {instance}: {before.word} -> {decision.rung.word}, "
+                  f"weight {decision.weight} %{acts}: {words}")
         audit.record("guard", {"instance": instance, "from": before.word, "to": decision.rung.word,
                                "weight": decision.weight, "down": decision.down, "acts": decision.acts,
                                "why": words})

@@ -1,5 +1,5 @@
-"""What the guard tells everybody: ``/run/opsctl/agent/guard.json``. The document is built here, pure, and passed on as it
-is by ``opsctl-host guard``, to ``opsctl guard`` and ``opsctl top``, and to the metrics.
+"""What the guard tells everybody: ``/run/opsctl/agent/guard.json``. The document is built here, pure, and passed on as
+it is by ``opsctl-host guard``, to ``opsctl guard`` and ``opsctl top``, and to the metrics.
 """
 
 from __future__ import annotations

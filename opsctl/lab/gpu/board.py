@@ -104,7 +104,7 @@ class Board:
         busy = 0.0 if gpu.lost else min(1.0, sum(load_of(self.uses[one.name], before.share) for one in serving))
         settings = gpu.settings
         drive = plant.Drive(busy, settings.power_limit_mw / 1000, broken.cooling.get(index, 1.0),
-                            settings.locked_min_mhz, settings.locked_max_mhz)
+                            settings.locked_min_mhz, settings.locked_max_mhz, tau_s=broken.tau_s.get(index))
         after = self.plants[index] = plant.step(self.profile, before, drive, seconds)
         together = any(len(instance.gpus) > 1 for instance in serving)
         self._links[index] += busy * seconds * together

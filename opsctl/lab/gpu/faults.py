@@ -17,6 +17,7 @@ from opsctl.errors import UsageError
 
 KINDS = ("cooling", "xid", "nvml-hang", "lost", "clear")
 FACTORS = (0.1, 20.0)
+TAUS_S = (1.0, 600.0)
 LONGEST_HANG_S = 3600.0
 XIDS_KEPT = 20
 UNKNOWN_XID = "an error that the lab has no words for."
@@ -50,13 +51,16 @@ class Xid:
 
 @dataclass(frozen=True)
 class Faults:
-    """``cooling``: by GPU, the factor on its thermal resistance. ``hang_until_ns``: by GPU, on the monotonic clock."""
+    """``cooling``: by GPU, the factor on its thermal resistance. ``tau_s``: by GPU, another time constant of its core.
+    ``hang_until_ns``: by GPU, on the monotonic clock.
+    """
 
     cooling: dict[int, float] = field(default_factory=dict)
     hang_until_ns: dict[int, int] = field(default_factory=dict)
     lost: tuple[int, ...] = ()
     xids: tuple[Xid, ...] = ()
     xid_count: int = 0
+    tau_s: dict[int, float] = field(default_factory=dict)
 
 
 def chosen(gpu: int | None, count: int, host: str) -> tuple[int, ...]:
@@ -75,17 +79,22 @@ def chosen(gpu: int | None, count: int, host: str) -> tuple[int, ...]:
     return (gpu,)
 
 
-def cool(faults: Faults, gpus: Iterable[int], factor: float) -> Faults:
-    """Cooling worse by a factor; 1 mends it.
+def cool(faults: Faults, gpus: Iterable[int], factor: float, tau_s: float | None = None) -> Faults:
+    """Cooling worse by a factor; 1 mends it. ``tau_s``: how fast it shows, until it is mended; None: as it was.
 
     Raises:
-        UsageError: no sensible factor.
+        UsageError: no sensible factor or time.
     """
+    if tau_s is not None and not TAUS_S[0] <= tau_s <= TAUS_S[1]:
+        raise UsageError("lab.cooling_tau", f"a time constant of {tau_s:g} s makes no sense.",
+                         hint=f"{TAUS_S[0]:g} to {TAUS_S[1]:g} s; the GPUs of the lab have 20 s")
     if not FACTORS[0] <= factor <= FACTORS[1]:
         raise UsageError("lab.cooling_factor", f"a cooling factor of {factor:g} makes no sense.",
                          hint=f"{FACTORS[0]:g} to {FACTORS[1]:g}; 1.33 is a weak fan, 2 a dead one, 1 is as built")
     changed = {**faults.cooling, **dict.fromkeys(gpus, factor)}
-    return replace(faults, cooling={gpu: value for gpu, value in changed.items() if value != 1})
+    taus = {**faults.tau_s, **({} if tau_s is None else dict.fromkeys(gpus, tau_s))}
+    cooling = {gpu: value for gpu, value in changed.items() if value != 1}
+    return replace(faults, cooling=cooling, tau_s={gpu: value for gpu, value in taus.items() if gpu in cooling})
 
 
 def hang(faults: Faults, gpus: Iterable[int], seconds: float, now_ns: int) -> Faults:
@@ -127,7 +136,8 @@ def clear(faults: Faults) -> Faults:
 
 def words(faults: Faults, now_ns: int) -> tuple[str, ...]:
     """What is broken now, in short words for a table."""
-    said = [f"cooling x{factor:g} on GPU {gpu}" for gpu, factor in sorted(faults.cooling.items())]
+    said = [f"cooling x{factor:g} on GPU {gpu}{f' within {faults.tau_s[gpu]:g} s' if gpu in faults.tau_s else ''}"
+            for gpu, factor in sorted(faults.cooling.items())]
     said += [f"NVML of GPU {gpu} hangs for {(until - now_ns) / 1e9:.0f} s more"
              for gpu, until in sorted(faults.hang_until_ns.items()) if until > now_ns]
     said += [f"GPU {gpu} lost" for gpu in faults.lost]
@@ -148,6 +158,7 @@ def decode(document: dict[str, Any]) -> Faults:
     return Faults(
         cooling={int(gpu): float(factor) for gpu, factor in document["cooling"].items()},
         hang_until_ns={int(gpu): int(until) for gpu, until in document["hang_until_ns"].items()},
+        tau_s={int(gpu): float(value) for gpu, value in document.get("tau_s", {}).items()},
         lost=tuple(document["lost"]), xid_count=document["xid_count"],
         xids=tuple(Xid(**entry) for entry in document["xids"]))
 

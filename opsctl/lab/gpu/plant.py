@@ -38,6 +38,7 @@ class Drive:
     locked_min_mhz: int = 0
     locked_max_mhz: int = 0
     inlet_c: float = INLET_C
+    tau_s: float | None = None  # of the core; None: the profile's
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ def _short_step(profile: Profile, state: State, drive: Drive, seconds: float) ->
 def _cool(profile: Profile, state: State, drive: Drive, power_w: float, seconds: float) -> State:
     """Temperatures and energy after some time at a power."""
     rest = drive.inlet_c + profile.thermal_resistance_c_per_w * drive.cooling_factor * power_w
-    core = state.core_c + (rest - state.core_c) * -math.expm1(-seconds / profile.tau_s)
+    core = state.core_c + (rest - state.core_c) * -math.expm1(-seconds / (drive.tau_s or profile.tau_s))
     above = rest + profile.memory_above_core_c
     memory = state.memory_c + (above - state.memory_c) * -math.expm1(-seconds / profile.memory_tau_s)
     mean = state.power_mean_w + (power_w - state.power_mean_w) * -math.expm1(-seconds / POWER_MEAN_S)
