@@ -1,8 +1,8 @@
 """``opsctl-host``: the verbs of one host, for whoever calls over SSH. One JSON document on stdout, also for an error.
 
 Here: ``state`` and how a gateway takes releases in. The others stand in files of their own: ``stage_verbs.py``,
-``cutover_verbs.py``, ``traffic_verbs.py``, ``ledger_verbs.py``, ``lock_verbs.py``; ``opsctl-host --help`` lists all.
-Exit codes are those of ``opsctl`` itself.
+``cutover_verbs.py``, ``traffic_verbs.py``, ``ledger_verbs.py``, ``lock_verbs.py``, ``guard_verbs.py``;
+``opsctl-host --help`` lists all. Exit codes are those of ``opsctl`` itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from opsctl.agent import audit, cutover_verbs, gateway, leaving, ledger_verbs, lock_verbs, stage_verbs, traffic_verbs
+from opsctl.agent import (
+    audit,
+    cutover_verbs,
+    gateway,
+    guard_verbs,
+    leaving,
+    ledger_verbs,
+    lock_verbs,
+    stage_verbs,
+    traffic_verbs,
+)
 from opsctl.agent.paths import Paths
 from opsctl.agent.state import agent_version, state
 from opsctl.agent.verbs import Act, Arguments, release_of, service, system_error
@@ -101,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     ledger_verbs.register(verb)
     traffic_verbs.register(verb)
     lock_verbs.register(verb)
+    guard_verbs.register(verb)
     leaving.register(verb)
     return parser
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from typing import Any
 
-from opsctl.agent import environment, holds, locks, passed, probes, systemd
+from opsctl.agent import environment, guard_view, holds, locks, passed, probes, systemd
 from opsctl.agent import manifest as manifests
 from opsctl.agent.drains import boot_clock, least_weight, read_drains
 from opsctl.agent.gpu import told
@@ -54,6 +54,7 @@ def state(paths: Paths, run: Run = systemd.run) -> dict[str, Any]:
     releases = {service: stored_releases(paths.releases(service)) for service in _services(paths, placements)}
     expected = tuple(dict.fromkeys([*settings.gpus, *(uuid for placement in placements for uuid in placement.gpus)]))
     gpus = told.read(paths.gpus, expected, boot_clock())
+    guard = guard_view.look(paths, boot_clock())
     voices = _voices(settings, [placement.instance for placement in placements])
     return {
         "schema": SCHEMA,
@@ -68,6 +69,7 @@ def state(paths: Paths, run: Run = systemd.run) -> dict[str, Any]:
         "holds": holds.all_holds(paths),
         "drains": [drain for placement in placements for drain in read_drains(paths, placement.instance)],
         **({"gpus": gpus} if gpus is not None else {}),
+        **({"guard": guard} if guard is not None and guard["age_s"] is not None else {}),
     }
 
 
