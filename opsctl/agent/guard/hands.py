@@ -20,15 +20,13 @@ Answer = Mapping[str, Any]
 
 
 class Setter(Protocol):
-    """``opsctl.agent.setter.client``. ``generation`` grows whenever what was set is lost."""
+    """``opsctl.agent.setter.client``. ``generation`` is another number whenever what was set may be lost."""
 
-    generation: int
+    @property
+    def generation(self) -> int: ...
 
     async def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """On the connection that is kept: what is set lasts as long as it."""
-
-    async def order(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """On one of its own: never waits for a call of NVML."""
+        """Never raises: a setter that is not there, or does not answer, answers so."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +77,11 @@ class Hands:
 
     async def stop(self, instance: str, how: str) -> str:
         """``drain`` or ``now``. Empty, or why it was not done."""
-        return self._heard(await self._setter.order({"verb": "stop", "instance": instance, "how": how}))
+        return self._heard(await self._setter.ask({"verb": "stop", "instance": instance, "how": how}))
 
     async def start(self, instance: str) -> str:
         """Empty, or why it was not done."""
-        return self._heard(await self._setter.order({"verb": "start", "instance": instance}))
+        return self._heard(await self._setter.ask({"verb": "start", "instance": instance}))
 
     async def leave(self) -> None:
         """The agent ends in order: what is set is restored at once."""
