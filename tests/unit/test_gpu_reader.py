@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from opsctl.agent.gpu.child import EXIT_LOCKED
+from opsctl.agent.gpu.child import EXIT_LOCKED, hurry
 from opsctl.agent.gpu.reader import Reader, View, next_step
 from opsctl.agent.gpu.verdict import judge
 
@@ -194,3 +194,68 @@ def test_a_second_reader_waits_for_the_first(tmp_path: Path) -> None:
         first.send_signal(signal.SIGTERM)
         first.stdout.read()
         assert first.wait(10) == 0
+
+
+def near(index: int, **more: Any) -> dict[str, Any]:
+    return {"index": index, "uuid": f"GPU-{index}", "pci": f"p{index}", "temperature_c": 80, "margin_c": 7,
+            "margin_source": "margin_api", "reasons": 0x20, "state": "ok", "words": "", **more}
+
+
+def both(sample: list[dict[str, Any]], thermal: list[dict[str, Any]]) -> View:
+    """A view that heard a sample at 1000 and a thermal line at 1000.25."""
+    found = View(began=900.0, wanted_since=900.0)
+    found.hear({"kind": "sample", "at": NOW, "state": "ok", "words": "", "took_s": 0.0, "gpus": sample}, NOW)
+    found.hear({"kind": "thermal", "at": NOW + 0.25, "gpus": thermal}, NOW + 0.25)
+    return found
+
+
+def test_a_thermal_line_is_younger_than_the_sample_until_the_next_one() -> None:
+    found = both([gpu(0, power_w=400.0, memory_temperature_c=70, margin_c=9), gpu(1)], [near(0), near(1)])
+    first, second = found.gpus_now()
+    assert first == {**near(0), "name": "H200", "power_w": 400.0}  # the memory's was not told again: it is not there
+    assert second["margin_c"] == 7
+    assert (found.good, found.samples) == (NOW + 0.25, 1)
+    assert found.age(NOW + 1.25) == 1.0
+    assert judge(found, NOW + 15.2, True, ["GPU-0", "GPU-1"]).state == "ok"
+    found.hear({"kind": "sample", "at": NOW + 1, "state": "ok", "words": "", "took_s": 0.0, "gpus": [gpu(0)]}, NOW + 1)
+    assert found.gpus_now() == [gpu(0)]
+
+
+def test_a_gpu_that_is_lost_between_two_samples_has_no_old_values() -> None:
+    found = both([gpu(0, power_w=400.0), gpu(1, power_w=400.0, thresholds_c={"slowdown": 89})],
+                 [near(0), {"index": 1, "state": "lost", "words": "fell off the bus"}])
+    assert found.gpus_now()[1] == {"index": 1, "uuid": "GPU-1", "pci": "p1", "name": "H200", "state": "lost",
+                                   "thresholds_c": {"slowdown": 89}, "words": "fell off the bus"}
+    assert judge(found, NOW + 1, True, ["GPU-0", "GPU-1"]).state == "lost"
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({}, False), ({"margin_c": 16}, False), ({"margin_c": 15}, True), ({"margin_c": -3}, True),
+    ({"margin_c": 30, "memory_temperature_c": 79, "thresholds_c": {"memory_max": 95}}, False),
+    ({"margin_c": 30, "memory_temperature_c": 80, "thresholds_c": {"memory_max": 95}}, True),
+    ({"margin_c": 30, "memory_temperature_c": 99}, False),  # nobody knows its limit
+    ({"temperature_c": 67}, False), ({"temperature_c": 68}, True),  # no margin: 83 is taken for its limit
+    ({"margin_c": 3, "state": "lost"}, False),
+])
+def test_when_a_second_is_a_long_time(changes: dict[str, Any], expected: bool) -> None:
+    assert hurry([{"index": 0, "state": "ok", "margin_c": 40}, {"index": 1, "state": "ok", **changes}]) is expected
+    assert hurry([]) is False
+
+
+def test_who_listens_is_told_of_good_lines_and_breaks_nothing(tmp_path: Path) -> None:
+    lines = [{"kind": "sample", "at": 1.0, "state": "ok", "words": "", "took_s": 0.0, "gpus": [gpu(0)]},
+             {"kind": "thermal", "at": 1.25, "gpus": [near(0)]}, {"kind": "xid", "pci": "p0", "xid": 79, "wall": 5.0},
+             {"kind": "waiting", "at": 2.0, "call": "nvmlInit", "gpu": -1, "since": 1.3},
+             {"kind": "sample", "at": 2.5, "state": "failed", "words": "", "gpus": []}]
+    said: list[str] = []
+    seen: list[float | None] = []
+
+    def listen() -> None:
+        seen.append(reader.view.good)
+        raise KeyError("margin")
+
+    reader = Reader(tmp_path / "lock", said.append, lambda *_: None, on_sample=listen)
+    for line in lines:
+        reader._hear(json.dumps(line).encode())
+    assert seen == [1.0, 1.25]
+    assert said == ["what listens to the GPU reader: unexpected KeyError: 'margin'"]

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from opsctl.agent.drains import boot_clock
+from opsctl.agent.gpu import sample
 from opsctl.agent.gpu.metrics import Known, render, values
+from opsctl.agent.gpu.nvml import Nvml
 from opsctl.agent.gpu.reader import View
 from opsctl.agent.gpu.verdict import judge
 from opsctl.agent.gpu.xids import Xids
 
 pytest.importorskip("opsctl.lab.gpu.library", reason="this opsctl has no simulated GPUs")
 import lab_gpu_kit
+import played_nvml
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not on this machine")
 
@@ -77,12 +81,27 @@ class Simulated:
 
     def next(self, kind: str) -> dict[str, Any]:
         """The next line of that kind."""
-        assert self.reader.stdout is not None
-        for line in self.reader.stdout:
-            document: dict[str, Any] = json.loads(line)
+        for _ in range(40):
+            document = self.next_of_all()
             if document["kind"] == kind:
                 return document
-        raise AssertionError("the reader has ended")
+        raise AssertionError(f"no {kind} among 40 lines")
+
+    def next_of_all(self) -> dict[str, Any]:
+        assert self.reader.stdout is not None
+        line = self.reader.stdout.readline()
+        assert line, "the reader has ended"
+        document: dict[str, Any] = json.loads(line)
+        return document
+
+    def shows(self, index: int, **values: int) -> None:
+        """A GPU shows these values, and else what it did before."""
+        from opsctl.lab.gpu import layout
+
+        now = layout.Now.from_buffer_copy(self.state.machine.gpus[index].now)
+        for name, value in values.items():
+            setattr(now, name, value)
+        self.state.publish(index, now)
 
 
 @pytest.fixture
@@ -137,17 +156,49 @@ def test_a_library_without_the_newer_names(simulated: Any) -> None:
 
 
 def test_a_margin_that_is_used_up(simulated: Any) -> None:
-    from opsctl.lab.gpu import layout
-
     with simulated() as one:
         one.next("sample")
-        now = layout.Now.from_buffer_copy(one.state.machine.gpus[0].now)
-        now.margin_c = -3
-        one.state.publish(0, now)
+        one.shows(0, margin_c=-3)
         for _ in range(2):  # one may be on its way
             first, second = one.next("sample")["gpus"]
         assert first["margin_c"] == -3
         assert second["margin_c"] > 0
+
+
+QUICK = {"index", "uuid", "pci", "state", "words", "temperature_c", "margin_c", "margin_source", "reasons"}
+
+
+@pytest.mark.parametrize(("model", "source"), [("H200", "margin_api"), ("A100", "thresholds")])
+def test_temperatures_come_four_times_a_second_while_one_gpu_is_near_its_limit(
+        simulated: Any, model: str, source: str) -> None:
+    with simulated(model) as one:
+        sample = one.next("sample")
+        hot = one.profile.max_operating_c - 5
+        one.shows(1, temperature_c=hot, margin_c=5, reasons=0x20)
+        while sample["gpus"][1]["margin_c"] != 5:
+            sample = one.next("sample")
+        quick = [one.next("thermal") for _ in range(4)]
+        assert [set(gpu) for gpu in quick[0]["gpus"]] == [QUICK | {"memory_temperature_c"}] * 2
+        second = quick[0]["gpus"][1]
+        assert (second["temperature_c"], second["margin_c"], second["margin_source"], second["reasons"]) == (
+            hot, 5, source, 0x20)
+        steps = [later["at"] - earlier["at"] for earlier, later in pairwise(quick)]
+        assert 0.15 < min(steps) < max(steps) < 0.9
+        one.shows(1, temperature_c=30, margin_c=50)
+        while sample["gpus"][1]["margin_c"] == 5:
+            sample = one.next("sample")
+        assert one.next_of_all()["kind"] == one.next_of_all()["kind"] == "sample"  # and then no more
+
+
+def test_what_is_asked_of_a_gpu_four_times_a_second() -> None:
+    played = played_nvml.Played()
+    nvml = Nvml(played)
+    gpu = sample.open_gpus(nvml)[0]
+    whole = sample.sample(nvml, gpu)
+    played.asked.clear()
+    quick = sample.thermal(nvml, gpu)
+    assert len(played.asked) == 4
+    assert quick == {key: whole[key] for key in QUICK | {"memory_temperature_c"}}
 
 
 def test_a_hang_is_told_while_it_lasts_and_ended_in_good_order(simulated: Any) -> None:

@@ -1,8 +1,9 @@
 """The process that talks to NVML: ``python -m opsctl.agent.gpu.child LOCK``. Writes one JSON object a line.
 
-``sample``: everything, each second. ``waiting``: a call that has not returned for a second, told by a thread that does
-not wait for it. ``xid``: an event. It never writes to a GPU. A signal ends it after the call in flight, never within:
-whoever kills a process inside the driver may freeze the GPU.
+``sample``: everything, each second. ``thermal``: what the guard needs, four times a second while a GPU is near its
+limit. ``waiting``: a call that has not returned for a second, told by a thread that does not wait for it. ``xid``: an
+event. It never writes to a GPU. A signal ends it after the call in flight, never within: whoever kills a process inside
+the driver may freeze the GPU.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from opsctl.agent.drains import boot_clock
 from opsctl.agent.gpu import sample as samples
 from opsctl.agent.gpu.nvml import GPU_IS_LOST, TIMEOUT, GoneError, LostError, Nvml, code_of
+from opsctl.agent.guard.model import Policy
 
 EVERY_S = 1.0
+QUICK_S = 0.25  # between two looks at temperatures while a GPU is near its limit
+NEAR_C = 15  # what "near" means: degrees of margin
 SLOW_S = 1.0  # a call that takes longer is told
 EVENT_WAIT_MS = 1000
 XID_EVENT = 8  # nvmlEventTypeXidCriticalError
@@ -87,7 +92,39 @@ def read_for_ever(nvml: Nvml, teller: Teller, stop: Stop) -> None:
             return
         teller.tell("sample", state="ok", words="", wall=time.time(), took_s=boot_clock() - began, **facts, gpus=found)
         due = max(due + EVERY_S, boot_clock())
+        if hurry(found):
+            look_quickly(nvml, gpus, teller, stop, due)
         stop.wait(due - boot_clock())
+
+
+def hurry(gpus: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a GPU, or its memory, is so near its limit that a second is a long time. Pure.
+
+    One that tells no margin is taken for one with the guard's own fallback of a limit.
+    """
+    for gpu in gpus:
+        core, memory = gpu.get("temperature_c"), gpu.get("memory_temperature_c")
+        highest = gpu.get("thresholds_c", {}).get("memory_max")
+        margins = [gpu["margin_c"]] if "margin_c" in gpu else []
+        if not margins and core is not None:
+            margins.append(Policy.fallback_max_operating_c - core)
+        if memory is not None and highest is not None:
+            margins.append(highest - memory)
+        if gpu["state"] == "ok" and any(margin <= NEAR_C for margin in margins):
+            return True
+    return False
+
+
+def look_quickly(nvml: Nvml, gpus: list[samples.Gpu], teller: Teller, stop: Stop, due: float) -> None:
+    """Temperatures and reasons of all GPUs, until the next sample is ``due``. Raises GoneError."""
+    mark = boot_clock() + QUICK_S
+    while mark < due - QUICK_S / 2:
+        stop.wait(mark - boot_clock())
+        found = [samples.thermal(nvml, gpu) for gpu in gpus if not stop.is_set()]
+        if stop.is_set():
+            return
+        teller.tell("thermal", gpus=found)
+        mark = max(mark, boot_clock()) + QUICK_S
 
 
 def wait_for_xids(nvml: Nvml, gpus: list[samples.Gpu], teller: Teller, stop: Stop) -> None:

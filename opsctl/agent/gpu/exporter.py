@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import Any
 
 from opsctl.agent.drains import boot_clock
 from opsctl.agent.gpu import kernel_log, told
@@ -27,14 +28,19 @@ LISTEN_AGAIN_S = 10.0
 
 
 class Exporter:
-    """Port 9400 and ``/run/opsctl/agent/gpus.json``."""
+    """Port 9400 and ``/run/opsctl/agent/gpus.json``.
+
+    ``guard`` gives the guard's document (``guard/told.py``) or None; ``on_sample`` is the reader's.
+    """
 
     def __init__(self, paths: Paths, settings: Settings, version: str, say: Callable[[str], None],
-                 clock: Callable[[], float] = boot_clock) -> None:
+                 clock: Callable[[], float] = boot_clock, guard: Callable[[], Mapping[str, Any] | None] = lambda: None,
+                 on_sample: Callable[[], None] = lambda: None) -> None:
         self._paths, self._settings, self._version, self._say, self._clock = paths, settings, version, say, clock
         self._xids = Xids()
         self.reader = Reader(paths.gpu_reader_lock, say, lambda pci, xid, at: self._seen("event", pci, xid, at),
-                             clock=clock)
+                             clock=clock, on_sample=on_sample)
+        self._guard = guard
         self._owners: dict[str, str] = {}
         self._expected: tuple[str, ...] = settings.gpus
         self._nodes = False
@@ -52,7 +58,7 @@ class Exporter:
 
     def known(self) -> Known:
         return Known(self._settings.host, self._version, self.reader.view, self.verdict(), self._xids, self._expected,
-                     self._owners, self._clock())
+                     self._owners, self._clock(), self._guard())
 
     def look(self) -> None:
         """At the placements and device nodes, now and then: Ansible changes them while the agent runs."""

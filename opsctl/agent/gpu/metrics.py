@@ -33,6 +33,7 @@ class Known:
     expected: Sequence[str]
     owners: Mapping[str, str]  # instance by UUID
     now: float
+    guard: Mapping[str, Any] | None = None  # its document, as guard/told.py writes it
 
 
 def values(known: Known) -> Iterator[tuple[Series, list[Value]]]:
@@ -56,8 +57,8 @@ def values(known: Known) -> Iterator[tuple[Series, list[Value]]]:
 
 def told_gpus(known: Known) -> list[dict[str, Any]]:
     """Those of the last sample while it counts; of the others only who they are, if they had errors."""
-    fresh = known.view.fresh(known.now) and known.view.sample is not None
-    found = list(known.view.sample["gpus"]) if fresh and known.view.sample else []
+    fresh = known.view.fresh(known.now)
+    found = known.view.gpus_now() if fresh else []
     there = {gpu.get("pci") for gpu in found}
     for pci in sorted(known.xids.addresses() - there):
         of_old = known.view.gpus.get(pci, {})
@@ -100,7 +101,7 @@ def host_numbers(known: Known) -> dict[str, Any]:
     numbers |= {"sample_age_s": view.age(now), "call_age_s": view.call_age(now), "samples": view.samples,
                 "restarts": view.restarts}
     if view.fresh(now) and view.sample is not None:
-        numbers |= {"seen": sum(gpu["state"] == "ok" for gpu in view.sample["gpus"]), "took_s": view.sample["took_s"],
+        numbers |= {"seen": sum(gpu["state"] == "ok" for gpu in view.gpus_now()), "took_s": view.sample["took_s"],
                     "missing": len(unseen_uuids(view, known.expected))}
     return numbers
 

@@ -26,6 +26,8 @@ RETRY_S = 10.0  # after NVML could not be asked: no driver, another version
 PAUSE_S = 1.0  # before it is started again; doubles with each failure up to the next
 LONGEST_PAUSE_S = 60.0
 LOOK_AGAIN_S = 300.0  # a GPU that is lost or missing may be back, and only a new process finds it
+THERMAL = ("temperature_c", "memory_temperature_c", "margin_c", "margin_source", "reasons")  # what goes by quick lines
+STAYS = ("index", "power_limits_w", "thresholds_c", "clock_sm_max_mhz")  # besides IDENTITY, of a GPU that is lost
 IDENTITY = ("uuid", "name", "pci", "minor", "serial", "vbios")  # what stays as it is when a GPU is lost
 LINE_LIMIT = 16 << 20  # bytes without a newline: that is none of ours
 
@@ -41,8 +43,9 @@ class View:
     ended: float | None = None  # the one before
     told_to_end: float | None = None
     heard: float | None = None
-    good: float | None = None  # the last sample in which NVML answered
+    good: float | None = None  # the last sample, or thermal line, in which NVML answered
     sample: dict[str, Any] | None = None  # the last, good or not
+    thermal: dict[int, dict[str, Any]] = field(default_factory=dict)  # by index: what is younger than the sample
     gpus: dict[str, dict[str, Any]] = field(default_factory=dict)  # by PCI address: the last known of each GPU
     call: dict[str, Any] | None = None  # that has not returned: name, gpu, since
     pid: int = 0
@@ -57,8 +60,12 @@ class View:
         self.heard = now
         if line["kind"] == "waiting":
             self.call = {"name": line["call"], "gpu": line["gpu"], "since": line["since"]}
-        elif line["kind"] == "sample":
+        elif line["kind"] == "thermal":
             self.call = None
+            self.good = line["at"]
+            self.thermal = {gpu["index"]: gpu for gpu in line["gpus"]}
+        elif line["kind"] == "sample":
+            self.call, self.thermal = None, {}
             self.sample = line
             if line["state"] == "ok":
                 self.good = line["at"]
@@ -66,6 +73,11 @@ class View:
                 self.failures = 0
                 self.sample = {**line, "gpus": named(line["gpus"], self.gpus.values())}
                 self.gpus.update({gpu["pci"]: gpu for gpu in self.sample["gpus"] if "pci" in gpu})
+
+    def gpus_now(self) -> list[dict[str, Any]]:
+        """Those of the last sample with the temperatures, margins and states that came since."""
+        gpus = self.sample["gpus"] if self.sample is not None else []
+        return [overlaid(gpu, self.thermal.get(gpu["index"])) for gpu in gpus]
 
     def age(self, now: float) -> float:
         """Of the last good sample, in seconds; without one, since it was wanted."""
@@ -79,6 +91,14 @@ class View:
         """Whether the last sample is a good one and young enough to count."""
         return (self.good is not None and self.sample is not None and self.sample["state"] == "ok"
                 and now - self.good <= STALE_S)
+
+
+def overlaid(gpu: dict[str, Any], younger: dict[str, Any] | None) -> dict[str, Any]:
+    """A sample with what a thermal line says of the same GPU; of one that is gone no old values stay. Pure."""
+    if younger is None:
+        return gpu
+    kept = (key for key in gpu if key not in THERMAL and (younger["state"] == "ok" or key in STAYS + IDENTITY))
+    return {**{key: gpu[key] for key in kept}, **younger}
 
 
 def named(gpus: Sequence[dict[str, Any]], known: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -120,12 +140,17 @@ def pause(view: View) -> float:
 
 
 class Reader:
-    """One process at most. ``lock`` is a file that it holds while it lives; ``on_xid`` hears PCI address, XID, time."""
+    """One process at most. ``lock`` is a file that it holds while it lives; ``on_xid`` hears PCI address, XID, time.
+
+    ``on_sample`` is called in the loop when the view took in a good sample or a thermal line.
+    """
 
     def __init__(self, lock: Path, say: Callable[[str], None], on_xid: Callable[[str, int, float], None],
                  command: Sequence[str] = (sys.executable, "-I", "-m", "opsctl.agent.gpu.child"),
-                 clock: Callable[[], float] = boot_clock) -> None:
+                 clock: Callable[[], float] = boot_clock, on_sample: Callable[[], None] = lambda: None) -> None:
         self.view = View()
+        self._on_sample = on_sample
+        self._complained = ""
         self._command = (*command, str(lock))
         self._say = say
         self._on_xid = on_xid
@@ -196,6 +221,19 @@ class Reader:
             self.view.hear(document, self._clock())
         except (ValueError, KeyError, TypeError) as error:
             self._say(f"the GPU reader wrote what nobody understands ({error}): {line[:200]!r}")
+            return
+        if document["kind"] == "thermal" or (document["kind"] == "sample" and document["state"] == "ok"):
+            self._tell_listener()
+
+    def _tell_listener(self) -> None:
+        """What breaks there is said, and the reader is heard all the same."""
+        try:
+            self._on_sample()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the next line must be heard
+            words = f"what listens to the GPU reader: unexpected {type(error).__name__}: {error}"
+            if words != self._complained:
+                self._say(words)
+            self._complained = words
 
     def _reap(self, now: float) -> None:
         if self._process is None or self._process.poll() is None:

@@ -1,4 +1,5 @@
-"""Everything worth knowing of one GPU, as plain data: ``open_gpus`` once, then ``sample`` each second.
+"""Everything worth knowing of one GPU, as plain data: ``open_gpus`` once, then ``sample`` each second, and ``thermal``
+between two of these.
 
 A key is there when the GPU has it. Units stand in the names; a margin is signed, in degrees to the temperature at which
 the driver begins to slow the GPU down, and 0 or less is a value like any other.
@@ -42,6 +43,8 @@ class Gpu:
     fixed: dict[str, Any] = field(default_factory=dict)
     gpm: Gpm | None = None
     words: str = ""  # why there is no handle
+    offsets: dict[str, Any] = field(default_factory=dict)  # of the last sample; they stay as they are
+    memory_sensor: bool = True  # as the last sample found it
 
 
 def open_gpus(nvml: Nvml) -> list[Gpu]:
@@ -88,9 +91,25 @@ def sample(nvml: Nvml, gpu: Gpu) -> dict[str, Any]:
         values = _values(nvml, gpu)
     except LostError as error:
         return {**known, "state": "lost", "words": str(error)}
-    words = _troubles(nvml)
-    return {**known, **values, "state": "unreadable" if words and "temperature_c" not in values else "ok",
-            "words": words}
+    return {**known, **values, **_state(nvml, values)}
+
+
+def thermal(nvml: Nvml, gpu: Gpu) -> dict[str, Any]:
+    """Of one GPU now what may not wait for the next sample, with the least questions. Raises GoneError."""
+    known: dict[str, Any] = {"index": gpu.index}
+    known |= {key: gpu.identity[key] for key in ("uuid", "pci") if key in gpu.identity}
+    nvml.troubles.clear()
+    try:
+        if gpu.handle is None:
+            raise LostError(gpu.words or "NVML gives no handle for it")
+        memory = [MEMORY_TEMPERATURE] if gpu.memory_sensor else []
+        told = nvml.ask(gpu.index, ("nvmlDeviceGetFieldValues", gpu.handle, memory)) if memory else None
+        values = _heat(nvml, gpu, _fields(told))
+        values |= margin(nvml.ask(gpu.index, ("nvmlDeviceGetMarginTemperature", gpu.handle)), values, gpu.offsets,
+                         gpu.fixed.get("thresholds_c", {}))
+    except LostError as error:
+        return {**known, "state": "lost", "words": str(error)}
+    return {**known, **values, **_state(nvml, values)}
 
 
 def margin(api: int | None, values: dict[str, Any], offsets: dict[str, Any], thresholds: dict[str, Any]
@@ -118,6 +137,23 @@ def margin(api: int | None, values: dict[str, Any], offsets: dict[str, Any], thr
     if "memory_temperature_c" in values and "memory_max" in thresholds:
         margins.append(thresholds["memory_max"] - values["memory_temperature_c"])
     return {"margin_c": min(margins), "margin_source": source}
+
+
+def _state(nvml: Nvml, values: dict[str, Any]) -> dict[str, str]:
+    words = _troubles(nvml)
+    return {"state": "unreadable" if words and "temperature_c" not in values else "ok", "words": words}
+
+
+def _heat(nvml: Nvml, gpu: Gpu, fields: dict[int, int | float]) -> dict[str, Any]:
+    """What the guard decides by; the margin comes on top."""
+    handle = gpu.handle
+    return _there({
+        "temperature_c": _temperature(nvml.ask(gpu.index, ("nvmlDeviceGetTemperatureV", handle, CORE),
+                                               ("nvmlDeviceGetTemperature", handle, CORE))),
+        "memory_temperature_c": _temperature(fields.get(MEMORY_TEMPERATURE)),
+        "reasons": nvml.ask(gpu.index, ("nvmlDeviceGetCurrentClocksEventReasons", handle),
+                            ("nvmlDeviceGetCurrentClocksThrottleReasons", handle)),
+    })
 
 
 def _troubles(nvml: Nvml) -> str:
@@ -157,20 +193,19 @@ def _values(nvml: Nvml, gpu: Gpu) -> dict[str, Any]:
         return nvml.ask(index, *((name, handle, *more) for name, *more in attempts))
 
     fields = _fields(ask(("nvmlDeviceGetFieldValues", list(FIELDS))))
-    values = _there({
-        "temperature_c": _temperature(ask(("nvmlDeviceGetTemperatureV", CORE), ("nvmlDeviceGetTemperature", CORE))),
-        "memory_temperature_c": _temperature(fields.get(MEMORY_TEMPERATURE)),
+    gpu.memory_sensor = MEMORY_TEMPERATURE in fields
+    gpu.offsets = _named(OFFSETS, fields) or {}
+    values = _heat(nvml, gpu, fields) | _there({
         "clock_sm_mhz": ask(("nvmlDeviceGetClockInfo", CLOCK_SM)),
         "clock_memory_mhz": ask(("nvmlDeviceGetClockInfo", CLOCK_MEM)),
         "power_w": _scaled(ask(("nvmlDeviceGetPowerUsage",)), 1000),
         "energy_mj": ask(("nvmlDeviceGetTotalEnergyConsumption",)),
-        "reasons": ask(("nvmlDeviceGetCurrentClocksEventReasons",), ("nvmlDeviceGetCurrentClocksThrottleReasons",)),
         "pcie_replays": ask(("nvmlDeviceGetPcieReplayCounter",)),
         "recovery_action": fields.get(RECOVERY_ACTION),
         "ecc": _named(ECC, fields),
         "violations_ns": _named(VIOLATIONS_NS, fields),
         "slowdowns_ns": _named(SLOWDOWNS_NS, fields),
-        "offsets_c": _named(OFFSETS, fields),
+        "offsets_c": gpu.offsets or None,
         "profile": gpu.gpm.metrics(nvml) if gpu.gpm else None,
     })
     processes = ask(("nvmlDeviceGetComputeRunningProcesses_v3",))
@@ -192,7 +227,7 @@ def _values(nvml: Nvml, gpu: Gpu) -> dict[str, Any]:
         values["remapped"] = dict(zip(("correctable", "uncorrectable", "pending", "failure"), map(int, rows),
                                       strict=True))
     values |= _memory(nvml, index, handle)
-    values |= margin(ask(("nvmlDeviceGetMarginTemperature",)), values, values.get("offsets_c", {}),
+    values |= margin(ask(("nvmlDeviceGetMarginTemperature",)), values, gpu.offsets,
                      gpu.fixed.get("thresholds_c", {}))
     return values | _there({"mig": _mig(nvml, index, handle)})
 

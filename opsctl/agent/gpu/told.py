@@ -30,7 +30,7 @@ def document(view: View, verdict: Verdict, xids: Xids, expected: Sequence[str], 
     return {
         "at_boot_s": now, "good_at_boot_s": view.good, "state": verdict.state, "words": verdict.words,
         "driver": sample.get("driver", ""), "expected": len(expected), "missing": missing_uuids(view, expected),
-        "devices": [device(gpu, xids, owners) for gpu in sample.get("gpus", ())] if view.good is not None else [],
+        "devices": [device(gpu, xids, owners) for gpu in view.gpus_now()] if view.good is not None else [],
     }
 
 

@@ -49,7 +49,7 @@ def _blind(view: View, now: float, loaded: str) -> Verdict | None:
 
 def _seeing(view: View, expected: Collection[str]) -> Verdict:
     """What the last sample shows."""
-    silent = [gpu for gpu in (view.sample or {}).get("gpus", ()) if gpu["state"] != "ok"]
+    silent = [gpu for gpu in view.gpus_now() if gpu["state"] != "ok"]
     if silent:
         return Verdict("lost" if any(gpu["state"] == "lost" for gpu in silent) else "unreadable", "; ".join(
             f"GPU {gpu['index']} ({gpu.get('uuid', 'no UUID')}) {gpu['words']}" for gpu in silent), True)
@@ -66,7 +66,7 @@ def missing_uuids(view: View, expected: Collection[str]) -> list[str]:
 
 def unseen_uuids(view: View, expected: Collection[str]) -> list[str]:
     """Expected and not there, or there and without an answer: whoever is meant to be there and cannot be used."""
-    return _not_among([gpu for gpu in (view.sample or {}).get("gpus", ()) if gpu["state"] == "ok"], expected)
+    return _not_among([gpu for gpu in view.gpus_now() if gpu["state"] == "ok"], expected)
 
 
 def _not_among(gpus: Collection[Mapping[str, Any]], expected: Collection[str]) -> list[str]:
