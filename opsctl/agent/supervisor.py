@@ -19,8 +19,9 @@ from contextlib import suppress
 from typing import Protocol
 
 from opsctl.agent import systemd, unfinished
-from opsctl.agent.drains import FULL, least_weight, read_drains
+from opsctl.agent.drains import FULL, boot_clock, least_weight, read_drains
 from opsctl.agent.gpu.exporter import Exporter
+from opsctl.agent.gpu.reader import View
 from opsctl.agent.guard.hands import Hands
 from opsctl.agent.guard.keeper import Keeper
 from opsctl.agent.paths import Paths
@@ -171,6 +172,14 @@ async def _keep(what: str, work: Callable[[], Awaitable[None]]) -> None:
             await asyncio.sleep(AGAIN_S)
 
 
+def _shown(keeper: Keeper, view: View) -> None:
+    """A sample goes to the guard; whatever becomes of it there, the reader is heard on."""
+    try:
+        keeper.see(view.gpus_now(), view.good if view.good is not None else boot_clock())
+    except Exception as error:  # noqa: BLE001 - the guard's own loop meets it too, and begins again
+        _say(f"guard: unexpected {type(error).__name__}: {error}")
+
+
 async def supervise(paths: Paths) -> None:
     """Serves until SIGTERM."""
     settings = read_settings(paths)
@@ -184,7 +193,8 @@ async def supervise(paths: Paths) -> None:
     hands = Hands(Setter(paths.setter_socket), _say)
     keeper = Keeper(paths, settings.host, hands, voice.active, _say)
     voice.guard = keeper
-    exporter = Exporter(paths, settings, agent_version(), _say, guard=lambda: keeper.document, on_sample=keeper.see)
+    exporter = Exporter(paths, settings, agent_version(), _say, guard=lambda: keeper.document,
+                        on_sample=lambda: _shown(keeper, exporter.reader.view))
     background = [asyncio.create_task(voice.poll_for_ever()), asyncio.create_task(_watchdog()),
                   asyncio.create_task(_keep("GPU reader", exporter.tend)),
                   asyncio.create_task(_keep("kernel log", exporter.hear_kernel)),

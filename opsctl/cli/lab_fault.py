@@ -51,7 +51,8 @@ def fault(
         speaker.result(described, f"{host}: {'; '.join(now) if now else 'nothing is broken'}")
 
 
-def _act(kind: str, value: str | None, factor: float | None, tau_s: float | None) -> Callable[[Faults, tuple[int, ...]], Faults]:
+def _act(kind: str, value: str | None, factor: float | None, tau_s: float | None
+         ) -> Callable[[Faults, tuple[int, ...]], Faults]:
     """The change that the words ask for.
 
     Raises:

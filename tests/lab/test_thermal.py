@@ -1,12 +1,14 @@
 """Three hosts serve under load and overheat: what the guard does to traffic, clocks and units, and what it costs.
 
-Streams of 3 to 8 s through real HAProxy. Only the heat is simulated; the guard, its setter and everything else are real.
+Streams of 3 to 8 s through real HAProxy. Only the heat is simulated; guard, setter and everything else are real.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import groupby
 
 import pytest
 from command import succeeds
@@ -17,6 +19,7 @@ from under_load import SECONDS_PER_STREAM, be_nice, told
 from opsctl.fleet.inventory import read_fleet
 from opsctl.lab.load import Load, target
 from opsctl.lab.model import write_model
+from opsctl.releases.remote import HOST_PROGRAM
 
 pytestmark = pytest.mark.lab
 
@@ -58,21 +61,19 @@ def mended(hot: LabFleet) -> Iterator[LabFleet]:
     yield hot
     for host in HOSTS:
         succeeds("lab", "fault", host, "clear", "--name", hot.name)
-        sh(hot, host, "opsctl-host guard-unlatch chat.0 --by test || /opt/opsctl/agent/bin/opsctl-host guard-unlatch "
-                      "chat.0 --by test")
+        sh(hot, host, f"{HOST_PROGRAM} guard-unlatch chat.0 --by test")
     with quick_climb(hot):
         for host in HOSTS:
             wait_for(lambda host=host: at_rest(hot, host), 120, f"{host} is back to normal")
 
 
-def quick_climb(fleet: LabFleet):  # noqa: ANN201 - a stack of contexts
-    """The guard climbs within seconds, for the time between two tests."""
-    from contextlib import ExitStack  # noqa: PLC0415
-
-    stack = ExitStack()
-    for host in HOSTS:
-        stack.enter_context(policy(fleet, host, climb_dwell_s=2.0))
-    return stack
+@contextmanager
+def quick_climb(fleet: LabFleet) -> Iterator[None]:
+    """The guards climb within seconds, for the time between two tests."""
+    with ExitStack() as stack:
+        for host in HOSTS:
+            stack.enter_context(policy(fleet, host, climb_dwell_s=2.0))
+        yield
 
 
 def at_rest(fleet: LabFleet, host: str) -> bool:
@@ -223,7 +224,7 @@ def test_a_hanging_driver_is_told_and_halves_and_is_never_a_reason_to_stop(mende
         weights.append(guard(fleet, host)["weight"])
         pause(1)
     assert max(ages) > 50, ages
-    assert [weight for index, weight in enumerate(weights) if index == 0 or weight != weights[index - 1]] == [100, 50, 1]
+    assert [weight for weight, _ in groupby(weights)] == [100, 50, 1]
     wait_for(lambda: guard(fleet, host)["weight"] == 100, 120, "it recovers")
     assert sh(fleet, host, "systemctl show --property=NRestarts --value opsctl-agent") == restarts
 
