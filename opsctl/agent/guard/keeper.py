@@ -32,14 +32,13 @@ TELL_S = 1.0
 LOOK_S = 5.0  # at placements, policy, orders
 SAVE_S = 300.0  # how long it was observed; a move is saved at once
 FRESH_S = 5.0  # observed is what was seen
-STOPPING_S = 30.0  # for so long a unit that was told to stop may still look as if it ran
-AGAIN_S = 10.0  # after an order that was refused
+AGAIN_S = 10.0  # an order is given again, when it was refused or nothing came of it
 SEEN_S = 1.0  # until load balancers and the other hosts have seen the weight of 1 %
 ASK_S = 1.0  # between two looks at the load balancers' pages
 POOL_S = 3.0  # a page that is older counts no more
 CLOCK_STEP_MHZ = 15  # of NVIDIA's GPUs; locked clocks are rounded to it
 FULL = 100
-RUNNING = ("active", "reloading", "activating", "")
+RUNNING = ("active", "reloading", "activating", "deactivating", "")
 UNASKED = "the load balancers have not been asked yet"
 
 
@@ -53,9 +52,9 @@ class Watched:
     pool: Pool = field(default_factory=lambda: Pool(None, 1, UNASKED))
     pool_at: float = float("-inf")
     asking: asyncio.Task[None] | None = None
-    stop_ordered_at: float | None = None  # and the unit has not been seen to end since
-    not_before: float = float("-inf")  # no order before: the last was refused
-    refused: str = ""
+    ordered: str = ""  # the last order: drain, now, start
+    ordered_at: float = float("-inf")
+    refused: str = ""  # why it was not carried out
     ordering: asyncio.Task[None] | None = None
 
 
@@ -187,7 +186,7 @@ class Keeper:
     def _decide_one(self, placement: Placement, one: Watched, now: float) -> bool:
         """True when it moved."""
         self._unlatch(placement.instance, one)
-        alive = self._alive(placement.instance, one, now)
+        alive = self._active(placement.instance) in RUNNING
         before, was = one.memory, one.decision
         one.memory, one.decision = decide(self._policy, one.memory, Situation(
             now_s=now, readings=tuple(self._readings[uuid] for uuid in self._whole(placement.gpus)
@@ -196,8 +195,9 @@ class Keeper:
             age_s=max(0.0, now - self._good_at), missing=self._missing(placement),
             pool=self._pool(placement, one, now), alive=alive, enforcing=self._enforcing()))
         decision = one.decision
-        if (decision.stop or decision.start) and now >= one.not_before and one.ordering is None:
-            one.ordering = asyncio.get_running_loop().create_task(self._order(placement.instance, one, decision))
+        order = decision.stop or ("start" if decision.start else "")
+        if order and one.ordering is None and (order != one.ordered or now - one.ordered_at >= AGAIN_S):
+            one.ordering = asyncio.get_running_loop().create_task(self._order(placement.instance, one, order))
         rung = was.rung if was is not None else before.rung
         told_before = (rung, was.weight if was else FULL, was.down if was else "", before.latched, before.stopped)
         moved = told_before != (decision.rung, decision.weight, decision.down, one.memory.latched, one.memory.stopped)
@@ -223,15 +223,6 @@ class Keeper:
             one.memory = replace(one.memory, latched=False, descents_s=())
             self._dirty = True
 
-    def _alive(self, instance: str, one: Watched, now: float) -> bool:
-        """A unit that was told to stop counts as ended from then on, and is looked at again once it was seen so."""
-        runs = self._active(instance) in RUNNING
-        if one.stop_ordered_at is not None:
-            if runs and now - one.stop_ordered_at < STOPPING_S:
-                return False
-            one.stop_ordered_at = None
-        return runs
-
     def _missing(self, placement: Placement) -> tuple[str, ...]:
         """Only of a sample that counts: one that is old says nothing of what is there now."""
         if not self._gpus or self._clock() - self._good_at > FRESH_S:
@@ -253,7 +244,7 @@ class Keeper:
 
     def _pool(self, placement: Placement, one: Watched, now: float) -> Pool:
         """Asked only where a stop may come, and not before the others can have seen how this instance does."""
-        if one.refused and now < one.not_before:
+        if one.refused and now - one.ordered_at < AGAIN_S:
             return Pool(None, placement.min_serving, one.refused)
         if one.memory.rung < Rung.LEAST or now - one.memory.since_s < SEEN_S:
             one.pool_at = float("-inf")
@@ -270,19 +261,16 @@ class Keeper:
         finally:
             one.asking = None
 
-    async def _order(self, instance: str, one: Watched, decision: Decision) -> None:
-        """Has the unit stopped or started. What was refused is no longer remembered as done."""
+    async def _order(self, instance: str, one: Watched, order: str) -> None:
+        """Has the unit stopped or started. An instance that nobody would stop is at the least that serves."""
         try:
-            if decision.stop:
-                one.stop_ordered_at = self._clock()
+            one.ordered, one.ordered_at = order, self._clock()
             await self._save()
-            words = await (self._hands.stop(instance, decision.stop) if decision.stop else self._hands.start(instance))
-            one.refused = words
-            if words:
-                one.not_before = self._clock() + AGAIN_S
-                one.stop_ordered_at = None
-                one.memory = replace(one.memory, stopped=not decision.stop)
-                self._say(f"guard: {instance} was not {'stopped' if decision.stop else 'started'}: {words}")
+            one.refused = await (self._hands.start(instance) if order == "start" else self._hands.stop(instance, order))
+            if one.refused:
+                self._say(f"guard: {instance}: {order}: {one.refused}")
+                if order != "start" and not one.memory.stopped:
+                    one.memory = replace(one.memory, rung=Rung.LEAST, since_s=self._clock())
         finally:
             one.ordering = None
 
