@@ -81,7 +81,7 @@ def test_the_wheel_holds_what_hosts_run(wheel: Path) -> None:
     assert "opsctl/agent/agent.lock" in names
     assert "Requires-Python: >=3.10" in metadata
     assert {line.split(" ")[0] for line in entry_points.splitlines() if "=" in line} \
-        == {"opsctl-host", "opsctl-launch", "opsctl-agent"}
+        == {"opsctl-host", "opsctl-launch", "opsctl-agent", "opsctl-setter"}
 
 
 def test_what_hosts_run_imports_nothing_but_itself_and_the_standard_library() -> None:
