@@ -129,14 +129,17 @@ class Policy:
     """
 
     less_margin_c: float = 3.0
-    slowed_margin_c: float = -1.0
+    # Below 0 they are told for limits of -2 (slowdown) and -8 (shutdown), and stretched to a GPU's own.
+    slowed_margin_c: float = -1.5
     least_margin_c: float = -2.0
     stop_margin_c: float = -4.0
     stop_now_margin_c: float = -7.0
-    memory_less_margin_c: float = 4.0
-    memory_slowed_margin_c: float = 1.0
-    memory_least_margin_c: float = -1.0
-    slowed_time_s: float = 4.0  # jump there when the slowdown is nearer
+    memory_climb_margin_c: float = 6.0
+    memory_less_margin_c: float = 2.0
+    memory_slowed_margin_c: float = -2.0
+    memory_least_margin_c: float = -4.0
+    jump_margin_c: float = 10.0  # a slope counts from here on; further away it is a load that begins
+    slowed_time_s: float = 3.0  # jump there when the slowdown is nearer
     least_time_s: float = 2.0
     climb_margin_c: float = 8.0  # up again only with this, and no rising slope
     climb_dwell_s: float = 30.0  # for each rung
