@@ -261,10 +261,10 @@ def test_parts_of_a_gpu_stand_for_the_whole(tmp_path: Path, pools: dict[str, Poo
     async def act(host: PlayedHost) -> None:
         placement = host.paths.placements / "chat.0.toml"
         placement.write_text(placement.read_text().replace('["GPU-0", "GPU-1"]', '["MIG-1"]'))
-        await host.see(20, 20, seconds=10, mig=[{"uuid": "MIG-0", "id": 0, "profile": "1g"},
-                                                {"uuid": "MIG-1", "id": 1, "profile": "1g"}])
+        parts = [{"uuid": "MIG-0", "id": 0, "profile": "1g"}, {"uuid": "MIG-1", "id": 1, "profile": "1g"}]
+        await host.see(20, seconds=10, mig=parts)
         assert host.keeper.down("chat.0") == ""
-        await host.see(-3, 20, seconds=2, mig=[{"uuid": "MIG-1", "id": 1, "profile": "1g"}])
+        await host.see(-3, seconds=2, mig=parts)
         assert host.keeper.weight("chat.0") == 1
 
     assert {one["gpu"] for one in play(tmp_path, act).setter.asked} == {"GPU-0"}
