@@ -16,6 +16,7 @@ from typing import Any
 from opsctl.agent import drains, environment, gate, passed, probes, systemd, trust, unfinished
 from opsctl.agent.durable import point_symlink, remove_durably
 from opsctl.agent.gate import Baseline, Check, Report, Target
+from opsctl.agent.guard import slowed
 from opsctl.agent.paths import Paths
 from opsctl.agent.settings import Placement, read_placement
 from opsctl.agent.state import current_release
@@ -190,7 +191,8 @@ def _act(paths: Paths, order: Order, placement: Placement, new: Startable, basel
     _start_and_wait(placement, new, order.release, tools)
     started = tools.clock()
     tools.doing("gate")
-    report = gate.check(_target(placement, new, order.release), baseline, order.min_speed_percent, pause=tools.pause)
+    report = gate.check(_target(placement, new, order.release), baseline, order.min_speed_percent, pause=tools.pause,
+                        slowed=lambda: slowed.now(paths, order.instance))
     checks = (*report.checks, _steady(systemd.show([placement.unit], tools.run)[placement.unit]))
     report = Report(checks, report.tokens_per_second)
     if report.verdict != "healthy":
@@ -279,6 +281,8 @@ def _baseline(paths: Paths, order: Order, placement: Placement, running: bool, t
     if not running or not probes.is_healthy(placement, before.engine):
         return known
     now = gate.measure(_target(placement, before, order.from_release), pause=tools.pause)
+    if slowed.now(paths, order.instance):  # a release that is measured in the heat is no measure for the next
+        return Baseline(known.tokens_per_second, now.chat or known.chat)
     return Baseline(now.tokens_per_second or known.tokens_per_second, now.chat or known.chat)
 
 

@@ -180,10 +180,12 @@ def stream(exchange: Exchange, length: int) -> Check:
     return Check("stream", "healthy", f"{length} tokens") if read.text else Check("stream", "unhealthy", "no text")
 
 
-def speed(samples: Sequence[float], disturbed: int, baseline: Baseline, min_speed_percent: int) -> Check:
+def speed(samples: Sequence[float], disturbed: int, baseline: Baseline, min_speed_percent: int, slowed: str = ""
+          ) -> Check:
     """The best of the undisturbed samples (tokens per second) against the release before. Pure.
 
-    ``disturbed``: how many others were discarded because requests of somebody else were in flight.
+    ``disturbed``: how many others were discarded because requests of somebody else were in flight. ``slowed``: what
+    else makes this host slow just now, such as heat; then the release cannot be blamed.
     """
     before = baseline.tokens_per_second
     best = max(samples, default=None)
@@ -196,8 +198,8 @@ def speed(samples: Sequence[float], disturbed: int, baseline: Baseline, min_spee
         return Check("speed", "healthy", against)
     if disturbed:
         return Check("speed", "inconclusive", f"{against}; requests of somebody else were in flight")
-    if best is None:
-        return Check("speed", "inconclusive", against)
+    if best is None or slowed:
+        return Check("speed", "inconclusive", f"{against}; {slowed}" if slowed else against)
     return Check("speed", "unhealthy", against)
 
 
@@ -214,8 +216,8 @@ def speed_length(context: int) -> int:
 
 
 def check(target: Target, baseline: Baseline, min_speed_percent: int, *, patience: Patience = PATIENCE,
-          pause: Callable[[float], None] = time.sleep) -> Report:
-    """Puts every question to the engine; the first unhealthy answer ends it."""
+          pause: Callable[[float], None] = time.sleep, slowed: Callable[[], str] = lambda: "") -> Report:
+    """Puts every question to the engine; the first unhealthy answer ends it. ``slowed`` is asked after the speed."""
     placement = target.placement
     checks: list[Check] = []
     questions: list[Callable[[], Check]] = [
@@ -232,7 +234,7 @@ def check(target: Target, baseline: Baseline, min_speed_percent: int, *, patienc
     streamed = _streams(target, wanted_speed(baseline, min_speed_percent), patience, pause)
     checks.append(streamed.check)
     if streamed.check.verdict != "unhealthy":
-        checks.append(speed(streamed.samples, streamed.disturbed, baseline, min_speed_percent))
+        checks.append(speed(streamed.samples, streamed.disturbed, baseline, min_speed_percent, slowed()))
     return Report(tuple(checks), max(streamed.samples, default=None))
 
 

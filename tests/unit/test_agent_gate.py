@@ -31,6 +31,7 @@ from opsctl.agent.gate import (
     speed_length,
     stream,
 )
+from opsctl.agent.guard.slowed import by_what
 from opsctl.agent.probes import Answer, Exchange, Patience
 from opsctl.agent.settings import Placement
 from opsctl.serving import adapters
@@ -155,6 +156,26 @@ def test_tokens_per_second(exchange: Exchange, rate: float | None) -> None:
 ])
 def test_the_speed(samples: list[float], disturbed: int, before: float | None, percent: int, verdict: str) -> None:
     assert speed(samples, disturbed, Baseline(before), percent).verdict == verdict
+
+
+@pytest.mark.parametrize(("samples", "verdict"), [([10.0], I), ([60.0], H)])
+def test_a_release_is_not_blamed_for_heat(samples: list[float], verdict: str) -> None:
+    found = speed(samples, 0, Baseline(100.0), 50, "the guard holds GPU 3 at 690 MHz")
+    assert found.verdict == verdict
+    assert ("690 MHz" in found.detail) == (verdict == I)
+
+
+@pytest.mark.parametrize(("gpu", "words"), [
+    ({}, ""), ({"clock_limit_mhz": 690}, "the guard holds GPU 3 at 690 MHz"),
+    ({"power_limit_set_w": 245}, "the guard holds GPU 3 at 245 W"),
+    ({"reasons": ["power cap", "hardware thermal slowdown"]}, "GPU 3: hardware thermal slowdown"),
+    ({"clock_limit_mhz": 690, "instance": "chat.1"}, ""),
+])
+def test_what_slows_an_instance(gpu: dict[str, Any], words: str) -> None:
+    one = {"instance": "chat.0", "index": 3, "clock_limit_mhz": None, "power_limit_set_w": None, "reasons": [], **gpu}
+    assert by_what({"words": "", "gpus": [one]}, "chat.0") == words
+    assert by_what({"words": "the guard said nothing", "gpus": [one]}, "chat.0") == ""
+    assert by_what(None, "chat.0") == ""
 
 
 @pytest.mark.parametrize(("context", "length"), [(0, SPEED_LENGTH), (4096, SPEED_LENGTH), (64, 32), (20, 1)])

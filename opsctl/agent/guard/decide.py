@@ -101,10 +101,9 @@ def _moved(policy: Policy, memory: Memory, situation: Situation, seen: _Seen) ->
         notes.append(_latch_words(policy, memory))
         return _at(memory, situation, calm=False), notes
     after = _at(memory, situation, calm=seen.calm)
-    if memory.rung == Rung.NORMAL:
+    # What was told to stop and drains stays there: nobody would start again what ends on a higher rung.
+    if memory.rung == Rung.NORMAL or memory.rung >= Rung.STOP:
         return after, notes
-    if memory.rung >= Rung.STOP:  # it was told to stop and drains: nobody would start again what ends on a higher rung
-        return replace(after, calm_since_s=None), notes
     if after.calm_since_s is None:
         if seen.wanted < memory.rung:
             notes.append(f"Stays at {memory.rung.word}: {_why_no_climb(policy, seen)}.")
