@@ -75,8 +75,7 @@ class Server:
             self._look_for_a_holder()
             ready, _, _ = select.select([listener.fileno(), stopping], [], [], TICK_S)
             if listener.fileno() in ready:
-                connection, _ = listener.accept()
-                threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
+                self._welcome(listener.accept()[0])
 
     def end(self, listener: socket.socket) -> None:
         """Hears nobody any more, and waits for calls in the driver: never ended within, however long they take."""
@@ -124,21 +123,26 @@ class Server:
         self._record("restore", "opsctl-setter", {"gpu": gpu, **answer})
         return answer
 
-    def _converse(self, connection: socket.socket) -> None:
-        with connection:
-            peer = _peer(connection)
-            if peer not in self._users():
-                self._refuse(connection, "no_permission", f"user {peer} may not ask")
-                return
+    def _welcome(self, connection: socket.socket) -> None:
+        """A thread for a connection, unless nobody may have it."""
+        peer = _peer(connection)
+        with self._lock:
+            full = len(self._connections) >= CONNECTIONS
+        if peer not in self._users():
+            self._refuse(connection, "no_permission", f"user {peer} may not ask")
+        elif full:
+            self._refuse(connection, "failed", f"{CONNECTIONS} connections are the most")
+        else:
             with self._lock:
-                full = len(self._connections) >= CONNECTIONS
-                if not full:
-                    self._connections.add(connection)
-            if full:
-                self._refuse(connection, "failed", f"{CONNECTIONS} connections are the most")
-                return
+                self._connections.add(connection)
+            threading.Thread(target=self._converse, args=(connection, _name(peer)), daemon=True).start()
+            return
+        connection.close()
+
+    def _converse(self, connection: socket.socket, by: str) -> None:
+        with connection:
             try:
-                self._hear(connection, _name(peer))
+                self._hear(connection, by)
             except OSError:
                 pass  # gone
             finally:
