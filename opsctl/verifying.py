@@ -24,7 +24,8 @@ from opsctl.role_tasks import defaults_of, holds_of, packages_of
 
 Kind = Literal["host", "unit", "package", "hold", "instance", "balancer", "server", "endpoint", "monitor"]
 Verdict = Literal["good", "wrong", "warning", "skipped"]
-UNITS = {"agent": ("opsctl-recover.service", "opsctl-agent.service"), "gateway": ("nginx.service",),
+UNITS = {"agent": ("opsctl-recover.service", "opsctl-setter.service", "opsctl-agent.service"),
+         "gateway": ("nginx.service",),
          "load_balancer": ("haproxy.service",), "node_exporter": ("prometheus-node-exporter.service",),
          "monitoring": ("prometheus.service", "prometheus-alertmanager.service")}
 TIME_SERVICES = ("systemd-timesyncd", "chrony", "chronyd", "ntpsec", "ntp", "ntpd", "openntpd")

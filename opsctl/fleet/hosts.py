@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opsctl.errors import ConfigurationError
-from opsctl.fleet import gpu_lock, gpus, systems, vendor_packages
+from opsctl.fleet import gpu_lock, gpus, guard, systems, vendor_packages
 from opsctl.fleet.model import Host
 from opsctl.fleet.source import at, find_line, inventory_files, text_of
 
@@ -32,7 +32,7 @@ READ = (
     *PASSWORDS, *WEAKENING, "ansible_connection", "ansible_host", "ansible_ssh_host", "ansible_port",
     "ansible_ssh_port", "ansible_user", "ansible_ssh_user", "ansible_ssh_private_key_file", "ansible_private_key_file",
     "ansible_ssh_common_args", "ansible_ssh_extra_args", "proxy_jump", "service_address", "management_address",
-    "gpu_uuids", *gpus.READ, *systems.READ, *vendor_packages.READ,
+    "gpu_uuids", *gpus.READ, *guard.READ, *systems.READ, *vendor_packages.READ,
 )
 
 
@@ -92,7 +92,8 @@ def check_host(name: str, variables: Mapping[str, Any], inventory: Path) -> None
     Raises:
         ConfigurationError: ``inventory.bad_value``.
     """
-    wrong = systems.first_wrong(variables) or gpus.first_wrong(variables) or vendor_packages.first_wrong(variables)
+    wrong = (systems.first_wrong(variables) or gpus.first_wrong(variables) or vendor_packages.first_wrong(variables)
+             or guard.first_wrong(variables))
     if wrong:
         raise _wrong(name, wrong.key, wrong.value, inventory, wrong.problem, wrong.hint)
 

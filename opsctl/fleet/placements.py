@@ -106,6 +106,14 @@ def gateway_url(fleet: Fleet) -> str:
     return f"http://{f'[{address}]' if ':' in address else address}:{BUNDLE_PORT}"
 
 
+def statistics_pages(fleet: Fleet) -> list[str]:
+    """``http://192.0.2.10:8404/;csv`` of each load balancer that opsctl set up: what they say of their servers."""
+    hosts = fleet.group("lb") if fleet.load_balancer == "haproxy" else ()
+    addresses = (f"[{host.management_address}]" if ":" in host.management_address else host.management_address
+                 for host in hosts)
+    return [f"http://{address}:{STATISTICS_PORT}/;csv" for address in addresses]
+
+
 @dataclass(frozen=True)
 class _Listener:
     port: int

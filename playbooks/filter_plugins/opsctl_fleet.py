@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opsctl.fleet import gpu_lock, gpus, monitoring
+from opsctl.fleet import gpu_lock, gpus, guard, monitoring
 from opsctl.fleet.inventory import fleet_from_ansible, is_read
 from opsctl.fleet.model import (
     AGENT_CHECK_PORT,
@@ -23,7 +23,7 @@ from opsctl.fleet.model import (
     NODE_EXPORTER_PORT,
     PROMETHEUS_PORT,
 )
-from opsctl.fleet.placements import backends, gateway, gateway_url, place, undealt, with_gpus
+from opsctl.fleet.placements import backends, gateway, gateway_url, place, statistics_pages, undealt, with_gpus
 from opsctl.role_tasks import defaults_of
 
 DOCUMENTATION = r"""
@@ -64,7 +64,8 @@ RETURN = r"""
 _value:
   description: >-
     placements (a list for each host), backends (one for each service), gateway_url, gateway_host, bundle_port,
-    gpus (UUIDs of each host), drivers (variables of nvidia_driver for each host), with_gpus and undealt (names),
+    gpus (UUIDs of each host), drivers (variables of nvidia_driver for each host), guard_policies (numbers of each
+    host's guard), with_gpus and undealt (names),
     agent_check_port, package_source, load_balancer, host_addresses, monitoring (jobs, alertmanagers, cluster_peers,
     node_exporter_port, ports).
   type: dict
@@ -83,12 +84,15 @@ def opsctl_fleet(groups: Mapping[str, Any], hostvars: Mapping[str, Any], service
     defaults = defaults_of("nvidia_driver")
     drivers = {key: defaults[key] for key in (gpus.VERSION, gpus.SOURCE, gpus.FLAVOUR, gpus.FABRIC_MANAGER, gpus.OWN)}
     return {
-        "placements": {host.name: [dataclasses.asdict(placement) | {"gpus": list(placement.gpus)}
-                                   for placement in placements if placement.host == host.name] for host in fleet.hosts},
+        "placements": {host.name: [dataclasses.asdict(placement) | {
+            "gpus": list(placement.gpus), "statistics": statistics_pages(fleet),
+            "min_serving": fleet.service(placement.service).min_serving,
+        } for placement in placements if placement.host == host.name] for host in fleet.hosts},
         "backends": backends(fleet),
         "gpus": {host.name: list(host.gpus or ()) for host in fleet.hosts},
         "drivers": {host.name: {key: host.variables.get(key, default) for key, default in drivers.items()}
                     for host in fleet.hosts},
+        "guard_policies": {host.name: guard.numbers(host.variables) for host in fleet.hosts},
         "with_gpus": [host.name for host in with_gpus(fleet)],
         "undealt": [host.name for host in undealt(fleet)],
         "gateway_url": gateway_url(fleet),

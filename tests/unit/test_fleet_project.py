@@ -151,14 +151,16 @@ def test_filter_gives_playbooks_plain_data_under_real_ansible(workstation: Path)
     said = json.loads((workstation / "said.json").read_text(encoding="utf-8"))
     assert said == {
         "placements": {"this": [{"instance": "chat.0", "service": "chat", "index": 0, "host": "this",
-                                 "address": "127.0.0.1", "port": 8100, "gpus": [], "tensor_parallel": 1}]},
+                                 "address": "127.0.0.1", "port": 8100, "gpus": [], "tensor_parallel": 1, "min_serving": 1,
+                                 "statistics": ["http://127.0.0.1:8404/;csv"]}]},
         "backends": [{"name": "chat", "listen": 8000, "min_serving": 1, "servers": [
             {"name": "this.chat.0", "address": "127.0.0.1", "port": 8100, "agent_address": "127.0.0.1",
              "agent_port": 9777, "instance": "chat.0"}]}],
         "gpus": {"this": []}, "drivers": {"this": {
             "nvidia_driver_version": "", "nvidia_driver_source": "vendor", "nvidia_driver_flavour": "",
             "nvidia_driver_fabric_manager": "auto",
-            "nvidia_driver_own": ["linux-headers-amd64"]}}, "with_gpus": [], "undealt": [],
+            "nvidia_driver_own": ["linux-headers-amd64"]}}, "guard_policies": {"this": {}},
+        "with_gpus": [], "undealt": [],
         "gateway_url": "http://127.0.0.1:8480", "gateway_host": "this", "bundle_port": 8480, "agent_check_port": 9777,
         "package_source": "gateway", "load_balancer": "haproxy",
         "host_addresses": {"this": {"service_address": "127.0.0.1", "management_address": "127.0.0.1"}},

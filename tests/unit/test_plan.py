@@ -97,7 +97,8 @@ class TestFirstChanges:
         names = {name for change in changes for name in change.what}
         assert {"python3-venv", "libgomp1", "opsctl-agent", "/etc/opsctl/apt.conf", "/etc/sudoers.d/opsctl",
                 "/etc/opsctl/instances/chat.0.toml", "/etc/opsctl/instances/chat.1.toml",
-                "opsctl-agent.service", "opsctl-recover.service"} <= names
+                "/etc/opsctl/guard.toml",
+                "opsctl-agent.service", "opsctl-recover.service", "opsctl-setter.service"} <= names
         assert not [name for name in names if "{{" in name]
         tasks = {change.task for change in changes}
         assert "Enable the instances, and start those that have a release and keep it" in tasks
@@ -236,7 +237,7 @@ def test_a_person_reads_one_row_a_role_of_a_first_provision_and_what_to_type() -
     text = shown(Plan((SAME, FRESH), (START,)))
     assert "first provision of gpu-1: 3 roles (base, agent, inference)" in text
     assert "packages: libgomp1" in text
-    assert "units: opsctl-recover.service, opsctl-agent.service" in text
+    assert "units: opsctl-recover.service, opsctl-setter.service, opsctl-agent.service" in text
     assert "first start on chat v1, 450.9 kB to fetch" in text
     assert "opsctl provision" in text
     assert len(rows_of(FRESH, every=False)) == 3

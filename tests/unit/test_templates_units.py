@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomllib
 from rendering import render
 
 from opsctl.agent.flat_toml import read_flat
+from opsctl.agent.guard.model import Policy
+from opsctl.agent.guard.policy import read_policy
 from opsctl.agent.paths import Paths
-from opsctl.agent.settings import Settings, read_settings
+from opsctl.agent.setter.program import RESTORE_S
+from opsctl.agent.settings import Settings, read_placement, read_settings
 
 ENGINE = "templates/inference@.service.j2"
 AGENT = "templates/opsctl-agent.service.j2"
 RECOVER = "templates/opsctl-recover.service.j2"
+SETTER = "templates/opsctl-setter.service.j2"
+UNITS = [(ENGINE, "inference@chat.0.service"), (AGENT, "opsctl-agent.service"), (RECOVER, "opsctl-recover.service"),
+         (SETTER, "opsctl-setter.service")]
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not here")
 
 
@@ -30,18 +39,27 @@ def settings(unit: str) -> dict[str, list[str]]:
 
 
 @needs_systemd
-@pytest.mark.parametrize(("template", "name"), [(ENGINE, "inference@chat.0.service"), (AGENT, "opsctl-agent.service"),
-                                               (RECOVER, "opsctl-recover.service")])
+@pytest.mark.parametrize(("template", "name"), UNITS)
 def test_systemd_knows_every_line(template: str, name: str, tmp_path: Path) -> None:
     unit = tmp_path / name
-    program = "/bin/true"  # verify wants it to be there
-    text = render(template)
-    unit.write_text("\n".join(f"ExecStart={program}" if line.startswith("ExecStart=") else line
-                              for line in text.splitlines()) + "\n")
+    # verify wants programs to be there
+    unit.write_text(re.sub(r"^(Exec\w+)=.*$", r"\1=/bin/true", render(template), flags=re.MULTILINE))
     done = subprocess.run(["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", unit], capture_output=True,
                           text=True, check=False)
     assert name not in done.stderr, done.stderr
     assert str(unit) not in done.stderr, done.stderr
+
+
+@needs_systemd
+@pytest.mark.parametrize(("template", "name"), UNITS)
+def test_a_unit_exposes_little(template: str, name: str, tmp_path: Path) -> None:
+    """3.0 of 10 or less, as systemd counts what a service could do that it need not."""
+    unit = tmp_path / name
+    unit.write_text(render(template))
+    done = subprocess.run(["systemd-analyze", "security", "--offline=true", "--no-pager", "--threshold=30", unit],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Overall exposure level" in done.stdout
 
 
 class TestEngine:
@@ -111,6 +129,48 @@ def test_the_agent_can_read_gpus_and_never_kills_who_reads_them() -> None:
     assert "systemd-journal" in unit["SupplementaryGroups"][0].split()
 
 
+class TestSetter:
+    unit = settings(render(SETTER))
+
+    def test_it_restores_however_it_ends_and_is_never_killed_inside_the_driver(self) -> None:
+        assert self.unit["ExecStart"] == ["/opt/opsctl/agent/bin/opsctl-setter"]
+        assert self.unit["ExecStopPost"] == ["/opt/opsctl/agent/bin/opsctl-setter restore"]
+        assert (self.unit["SendSIGKILL"], self.unit["Restart"], self.unit["StartLimitIntervalSec"]) == (
+            ["no"], ["always"], ["0"])
+        assert int(self.unit["TimeoutStopSec"][0]) > RESTORE_S
+
+    def test_it_has_of_root_what_the_driver_asks_for(self) -> None:
+        assert self.unit["User"] == ["root"]
+        assert self.unit["CapabilityBoundingSet"] == ["CAP_SYS_ADMIN"]
+        # no /dev/nvidia* with the first four, no ctypes with the last
+        assert not {"ProtectClock", "DeviceAllow", "PrivateDevices", "DevicePolicy",
+                    "MemoryDenyWriteExecute"} & self.unit.keys()
+
+    def test_its_socket_is_for_the_agents_group(self) -> None:
+        assert self.unit["Group"] == settings(render(AGENT))["Group"]
+        assert (self.unit["RuntimeDirectory"], self.unit["RuntimeDirectoryMode"]) == (["opsctl/setter"], ["0750"])
+        assert Paths().setter_socket.parent == Path("/run") / self.unit["RuntimeDirectory"][0]
+        assert Paths().setter_state.parent == Path("/var/lib") / self.unit["StateDirectory"][0]
+        assert str(Paths().boot_id.parent) in self.unit["ReadWritePaths"][0].split()
+
+    def test_the_agent_ends_before_it_and_runs_without_it(self) -> None:
+        agent = settings(render(AGENT))
+        assert "opsctl-setter.service" in agent["After"][0].split()
+        assert "opsctl-setter.service" in agent["Wants"][0].split()
+        assert not {"Requires", "BindsTo", "PartOf"} & agent.keys()
+        assert Paths().guard_state.parent == Path("/var/lib") / agent["StateDirectory"][0]
+        assert not {"After", "Requires"} & self.unit.keys()  # the agent, and with it the voice, would wait for it
+
+
+@pytest.mark.parametrize("given", [{}, {"less_margin_c": 4, "slowed_margin_c": "-1.5", "flap_descents": 6}])
+def test_the_guard_reads_the_numbers_that_the_role_writes(tmp_path: Path, given: dict[str, Any]) -> None:
+    text = render("roles/agent/templates/guard.toml.j2", agent_guard_policy=given)
+    file = tmp_path / "guard.toml"
+    file.write_text(text)
+    assert read_policy(file) == replace(Policy(), **{key: float(value) for key, value in given.items()})
+    assert read_flat(text) == tomllib.loads(text)
+
+
 def test_the_agent_reads_what_the_role_writes(tmp_path: Path) -> None:
     text = render("roles/agent/templates/agent.toml.j2", agent_host='gpu"1', agent_listen="10.0.0.2",
                   agent_check_port=9777, agent_gateway_url="http://10.0.0.1:8480", agent_exporter_port=9400,
@@ -127,14 +187,19 @@ def test_the_agent_reads_what_the_role_writes(tmp_path: Path) -> None:
 
 
 PLACEMENT = {"instance": "chat.1", "service": "chat", "index": 1, "host": "gpu-1", "address": "10.0.0.2", "port": 8101,
-             "gpus": ("GPU-a", "GPU-b"), "tensor_parallel": 2}
+             "gpus": ("GPU-a", "GPU-b"), "tensor_parallel": 2, "min_serving": 3,
+             "statistics": ["http://10.0.0.1:8404/;csv", "http://[fd00::1]:8404/;csv"]}
 
 
 @pytest.mark.parametrize("gpus", [(), ("GPU-a", "GPU-b")])
-def test_a_placement_is_read_back_as_it_was_dealt(gpus: tuple[str, ...]) -> None:
+def test_a_placement_is_read_back_as_it_was_dealt(tmp_path: Path, gpus: tuple[str, ...]) -> None:
     text = render("roles/inference/templates/placement.toml.j2", item=PLACEMENT | {"gpus": gpus})
     wanted = {key: value for key, value in PLACEMENT.items() if key != "host"}
     assert tomllib.loads(text) == wanted | {"gpus": list(gpus)}
+    (tmp_path / "etc/opsctl/instances").mkdir(parents=True)
+    (tmp_path / "etc/opsctl/instances/chat.1.toml").write_text(text)
+    placement = read_placement(Paths(tmp_path), "chat.1")
+    assert (placement.gpus, placement.min_serving, list(placement.statistics)) == (gpus, 3, PLACEMENT["statistics"])
 
 
 def test_the_reader_of_hosts_without_tomllib_reads_it_too() -> None:

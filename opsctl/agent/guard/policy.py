@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ def read_policy(path: Path) -> Policy:
         return Policy()
     except (OSError, ValueError) as error:
         raise ConfigurationError(CODE, f"{path} cannot be read: {error}.", hint=_HINT) from None
+    return policy_of(table, path)
+
+
+def policy_of(table: Mapping[str, Any], path: Path) -> Policy:
+    """The guard's own numbers with those of ``table`` in their place; ``path`` is for the errors. Raises as above."""
     kinds = {field.name: type(field.default) for field in dataclasses.fields(Policy)}
     values = {key: _value(path, kinds, key, value) for key, value in table.items()}
     policy = dataclasses.replace(Policy(), **values)

@@ -61,8 +61,8 @@ OFFLINE = ("-o", "Dir::Etc::sourcelist=/dev/null", "-o", "Dir::Etc::sourceparts=
 STEP = re.compile(r"^(?P<act>Inst|Remv|Purg) (?P<name>[^ :]+)(?::\S+)?", re.MULTILINE)
 MODULES = ("nvidia_peermem", "nvidia_uvm", "nvidia_drm", "nvidia_modeset", "nvidia", "nouveau")
 # Who holds the GPUs open, in the order in which they are stopped.
-USERS = ("opsctl-agent.service", "nvidia-dcgm.service", "dcgm-exporter.service", "nvidia-fabricmanager.service",
-         "nvidia-persistenced.service")
+USERS = ("opsctl-agent.service", "opsctl-setter.service", "nvidia-dcgm.service", "dcgm-exporter.service",
+         "nvidia-fabricmanager.service", "nvidia-persistenced.service")
 DAEMONS = ("nvidia-persistenced.service", "nvidia-fabricmanager.service")
 UNIT = "opsctl-driver-continue.service"
 UNIT_FILE = Path("/etc/systemd/system") / UNIT

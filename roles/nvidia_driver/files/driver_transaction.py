@@ -25,8 +25,8 @@ STEP = re.compile(r"^(?P<act>Inst|Remv|Purg) (?P<name>[^ :]+)(?::\S+)?", re.MULT
 BOOT = re.compile(r"linux-image-|linux-modules-|linux-signed-|grub|shim-|firmware-|intel-microcode|amd64-microcode")
 MODULES = ("nvidia_peermem", "nvidia_uvm", "nvidia_drm", "nvidia_modeset", "nvidia", "nouveau")
 # Who holds the GPUs open, in the order in which they are stopped.
-USERS = ("opsctl-agent.service", "nvidia-dcgm.service", "dcgm-exporter.service", "nvidia-fabricmanager.service",
-         "nvidia-persistenced.service")
+USERS = ("opsctl-agent.service", "opsctl-setter.service", "nvidia-dcgm.service", "dcgm-exporter.service",
+         "nvidia-fabricmanager.service", "nvidia-persistenced.service")
 LOADED = Path("/proc/driver/nvidia/version")
 # In which boot the packages were last changed: the next run sees by it whether the machine was rebooted with them. Not
 # fsynced, because what a power cut takes from it was of another boot in any case.
