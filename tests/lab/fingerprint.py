@@ -35,7 +35,7 @@ print(json.dumps({
     "packages": out("dpkg-query", "--show"),
     "holds": out("apt-mark", "showhold"),
     "units": {unit: out("systemctl", "show", unit, "-p", "ActiveState,UnitFileState,ExecMainStartTimestamp")
-              for unit in ("nginx", "haproxy", "opsctl-agent", "inference@chat.0")},
+              for unit in ("nginx", "haproxy", "opsctl-agent", "opsctl-setter", "inference@chat.0")},
     "files": {root: tree(root) for root in ("/etc/opsctl", "/opt/opsctl", "/srv", "/etc/haproxy", "/etc/nginx",
               "/etc/apt/sources.list.d", "/etc/apt/keyrings", "/etc/systemd/system", "/etc/sudoers.d")},
 }, sort_keys=True))

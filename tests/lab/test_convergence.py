@@ -64,6 +64,7 @@ BROKEN = [
 FOLLOWS = {
     ("ops-1", "base : Let the unit read its new files: haproxy.service."),
     ("gpu-2", "base : Let the unit read its new files: opsctl-agent.service."),
+    ("gpu-2", "base : Let the unit read its new files: opsctl-setter.service."),
 }
 
 

@@ -79,9 +79,9 @@ class Setter:
         self.processes: list[subprocess.Popen[str]] = []
         self.clients: list[Client] = []
 
-    def program(self, *words: str, how: str = AS_ROOT) -> subprocess.Popen[str]:
+    def program(self, *words: str, how: str = AS_ROOT, **more: Any) -> subprocess.Popen[str]:
         argv = [sys.executable, "-I", "-c", how + PROGRAM, "--root", str(self.paths.root), *words]
-        process = subprocess.Popen(argv, env=self.gpus.environment, text=True, stderr=subprocess.PIPE)
+        process = subprocess.Popen(argv, env=self.gpus.environment, text=True, stderr=subprocess.PIPE, **more)
         self.processes.append(process)
         return process
 
@@ -165,6 +165,8 @@ def test_clocks_are_set_and_given_back(setter: Setter) -> None:
     assert setter.locked() == 0
     assert setter.written()["gpus"] == {}
     assert client.ask("state")["gpus"] == {}
+    said, _ = setter.program("state", stdout=subprocess.PIPE).communicate(timeout=10)
+    assert json.loads(said) == {"ok": True, "held": True, "hangs": [], "gpus": {}}
 
 
 def test_clocks_above_the_highest_are_the_highest(setter: Setter) -> None:

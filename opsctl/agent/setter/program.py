@@ -1,4 +1,6 @@
-"""``opsctl-setter``: serves. ``opsctl-setter restore``: restores what the state file says; the unit's ExecStopPost."""
+"""``opsctl-setter``: serves. ``opsctl-setter restore``: restores what the state file says; the unit's ExecStopPost.
+``opsctl-setter state``: what the one that serves has set, for a person.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,14 @@ from pathlib import Path
 
 from opsctl.agent import unfinished
 from opsctl.agent.paths import Paths
+from opsctl.agent.setter import protocol
 from opsctl.agent.setter.board import Board
 from opsctl.agent.setter.book import Book
 from opsctl.agent.setter.lane import Lane
 from opsctl.agent.setter.server import GRACE_S, Server
 
 RESTORE_S = 8.0  # within the unit's TimeoutStopSec
+ANSWER_S = 5.0
 
 
 def serve(paths: Paths, grace_s: float) -> int:
@@ -58,6 +62,20 @@ def restore(paths: Paths, within_s: float) -> int:
     return 1 if left else 0
 
 
+def show(paths: Paths) -> int:
+    with socket.socket(socket.AF_UNIX) as channel:
+        channel.settimeout(ANSWER_S)
+        try:
+            channel.connect(str(paths.setter_socket))
+            channel.sendall(protocol.line({"verb": "state"}))
+            sys.stdout.write(channel.makefile().readline())
+            sys.stdout.flush()
+        except OSError as error:
+            _say(f"the setter does not answer on {paths.setter_socket}: {error}")
+            return 1
+    return 0
+
+
 def _ready() -> None:
     address = os.environ.get("NOTIFY_SOCKET")
     if address:
@@ -80,9 +98,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command")
     restoring = commands.add_parser("restore", help="restore what the state file says, and end")
     restoring.add_argument("--within-s", type=float, default=RESTORE_S, help="(%(default)s)")
+    commands.add_parser("state", help="what is set, as the one that serves says")
     given = parser.parse_args(argv)
     paths = Paths(given.root)
-    status = restore(paths, given.within_s) if given.command == "restore" else serve(paths, given.grace_s)
+    if given.command == "restore":
+        status = restore(paths, given.within_s)
+    elif given.command == "state":
+        status = show(paths)
+    else:
+        status = serve(paths, given.grace_s)
     sys.stderr.flush()
     os._exit(status)
 
