@@ -151,8 +151,8 @@ def test_filter_gives_playbooks_plain_data_under_real_ansible(workstation: Path)
     said = json.loads((workstation / "said.json").read_text(encoding="utf-8"))
     assert said == {
         "placements": {"this": [{"instance": "chat.0", "service": "chat", "index": 0, "host": "this",
-                                 "address": "127.0.0.1", "port": 8100, "gpus": [], "tensor_parallel": 1, "min_serving": 1,
-                                 "statistics": ["http://127.0.0.1:8404/;csv"]}]},
+                                 "address": "127.0.0.1", "port": 8100, "gpus": [], "tensor_parallel": 1,
+                                 "min_serving": 1, "statistics": ["http://127.0.0.1:8404/;csv"]}]},
         "backends": [{"name": "chat", "listen": 8000, "min_serving": 1, "servers": [
             {"name": "this.chat.0", "address": "127.0.0.1", "port": 8100, "agent_address": "127.0.0.1",
              "agent_port": 9777, "instance": "chat.0"}]}],
