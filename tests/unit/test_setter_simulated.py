@@ -42,7 +42,7 @@ class Client:
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(10)
+        self.socket.settimeout(30)
         self.socket.connect(str(path))
         self.file = self.socket.makefile("rb")
 
@@ -270,12 +270,13 @@ def test_a_gpu_that_hangs_holds_up_itself_alone(setter: Setter) -> None:
     assert client.ask("clocks", gpu=setter.first, max_mhz=900)["code"] == "hangs"
     assert time.monotonic() - began < 4
     began = time.monotonic()
-    assert client.ask("clocks", gpu=setter.first, max_mhz=900)["code"] == "hangs"
+    for _ in range(5):
+        assert client.ask("clocks", gpu=setter.first, max_mhz=900)["code"] == "hangs"
     assert client.ask("clocks", gpu=setter.second, max_mhz=700)["ok"]
     answer = setter.connect().ask("stop", instance=INSTANCE, how="now")
     assert "systemctl stop" in answer["words"]
     assert client.ask("state")["hangs"] == [setter.first]
-    assert time.monotonic() - began < 1.2, "nobody else waits, nor the same GPU twice"
+    assert time.monotonic() - began < 5, "nobody else waits, nor the same GPU each time"
     process.terminate()
     until(lambda: not _connects(setter))
     assert process.poll() is None, "it is never ended inside the driver"
@@ -298,8 +299,16 @@ def test_an_order_that_nobody_waits_for_any_more_does_not_come_true_later(setter
     assert (first.hear()["code"], second.hear()["code"]) == ("hangs", "hangs")
     setter.hang(0)
     until(lambda: first.ask("power", gpu=setter.first, watts=300)["ok"])  # its turn comes after theirs
-    assert setter.locked() == 900
+    assert setter.locked() == 1000, "neither the one that was in the driver nor the one that waited"
+    assert first.ask("state")["gpus"][setter.first]["max_mhz"] == 1000
+    assert first.ask("release", gpu=setter.first)["ok"]
+    setter.hang(60)
+    first.ask("clocks", gpu=setter.first, max_mhz=900)
+    setter.hang(0)
+    until(lambda: first.ask("power", gpu=setter.first, watts=300)["ok"])
+    assert setter.locked() == 0
     assert first.ask("release-all")["ok"]
+    assert setter.watts() == 700
 
 
 def test_a_gpu_that_is_not_there_or_lost(setter: Setter) -> None:
@@ -348,7 +357,7 @@ def test_only_root_and_the_agent_are_heard(setter: Setter) -> None:
     for folder in [setter.paths.setter_socket.parent, *setter.paths.setter_socket.parents][:7]:
         folder.chmod(folder.stat().st_mode | 0o055)
     asking = (AS_NOBODY + "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); "
-              "s.sendall(b'{\"verb\":\"state\"}\\n'); print(s.recv(999).decode())")
+              "print(s.recv(999).decode())")
     done = subprocess.run([sys.executable, "-c", asking, setter.paths.setter_socket], capture_output=True, text=True,
                           check=False)
     assert json.loads(done.stdout)["code"] == "no_permission", done.stderr

@@ -93,6 +93,19 @@ class Board:
             return {"words": words} if entry.limit_mw is not None and (
                 words := self._undo_power(nvml, handle, gpu)) else {}
 
+    def back_to(self, gpu: str, entry: Entry) -> None:
+        """Sets a GPU to what it was at some time before."""
+        now = self._book.of(gpu)
+        if now.max_mhz != entry.max_mhz and entry.max_mhz is not None:
+            self.clocks(gpu, entry.max_mhz)
+        if now.limit_mw != entry.limit_mw and entry.limit_mw is not None:
+            self.power(gpu, entry.limit_mw // 1000)
+        with self._gpu(gpu) as (nvml, handle):
+            if now.max_mhz is not None and entry.max_mhz is None:
+                self._undo_clocks(nvml, handle, gpu)
+            if now.limit_mw is not None and entry.limit_mw is None:
+                self._undo_power(nvml, handle, gpu)
+
     def _undo_clocks(self, nvml: Any, handle: Any, gpu: str) -> None:
         nvml.nvmlDeviceResetGpuLockedClocks(handle)
         self._note(gpu, replace(self._book.of(gpu), max_mhz=None))

@@ -1,7 +1,8 @@
 """One thread for each GPU: a call into the driver that hangs holds up this GPU and nothing else.
 
 A thread cannot be ended inside the driver and is left alone; while it hangs, everybody else is told so at once. What
-nobody waits for any more is not begun: an order to set clocks must not come true a minute late.
+nobody waits for any more is not begun, and what was in the driver meanwhile is taken back: whoever was told that it
+hangs may rest on that it did not happen.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ PATIENCE_S = 1.5  # setting takes milliseconds to tenths of a second
 @dataclass
 class Job:
     work: Callable[[], Answer]
+    take_back: Callable[[], None] | None = None
     over: threading.Event = field(default_factory=threading.Event)
     answer: Answer | RefusedRequest | None = None
     given_up: bool = False
@@ -34,21 +36,23 @@ class Lane:
         self._name = name
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
-    def ask(self, work: Callable[[], Answer], patience_s: float = PATIENCE_S) -> Answer:
+    def ask(self, work: Callable[[], Answer], take_back: Callable[[], None], patience_s: float = PATIENCE_S) -> Answer:
         """What ``work`` gives, done after what came before. Raises RefusedRequest: its own, or ``hangs``."""
         if self.hangs():
             raise self.hanging()
-        job = self.post(work)
-        if not job.over.wait(patience_s):
-            job.given_up = True
+        job = self.post(work, take_back)
+        job.over.wait(patience_s)
+        with self._lock:
+            job.given_up = not job.over.is_set()
+        if job.given_up:
             raise self.hanging()
         if isinstance(job.answer, RefusedRequest):
             raise job.answer
         return job.answer or {}
 
-    def post(self, work: Callable[[], Answer]) -> Job:
+    def post(self, work: Callable[[], Answer], take_back: Callable[[], None] | None = None) -> Job:
         """Has it done and waits for nothing."""
-        job = Job(work)
+        job = Job(work, take_back)
         with self._lock:
             self._waiting += 1
         self._jobs.put(job)
@@ -69,15 +73,23 @@ class Lane:
         while True:
             job = self._jobs.get()
             self._busy_since = time.monotonic()
-            try:
-                if not job.given_up:
-                    job.answer = job.work()
-            except RefusedRequest as error:
-                job.answer = error
-            except Exception as error:  # noqa: BLE001 - whoever waits is told, and the lane lives on
-                job.answer = RefusedRequest("failed", f"unexpected {type(error).__name__}: {error}")
-            finally:
-                self._busy_since = None
+            if not job.given_up:
+                job.answer = _done(job.work)
                 with self._lock:
-                    self._waiting -= 1
-                job.over.set()
+                    late = job.given_up
+                    if not late:
+                        job.over.set()
+                if late and job.take_back is not None:
+                    _done(job.take_back)
+            self._busy_since = None
+            with self._lock:
+                self._waiting -= 1
+
+
+def _done(work: Callable[[], Answer | None]) -> Answer | RefusedRequest:
+    try:
+        return work() or {}
+    except RefusedRequest as error:
+        return error
+    except Exception as error:  # noqa: BLE001 - whoever waits is told, and the lane lives on
+        return RefusedRequest("failed", f"unexpected {type(error).__name__}: {error}")

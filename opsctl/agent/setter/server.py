@@ -194,7 +194,8 @@ class Server:
         work = {"clocks": lambda: self._board.clocks(gpu, request["max_mhz"]),
                 "power": lambda: self._board.power(gpu, request["watts"]),
                 "release": lambda: self._board.release(gpu)}[verb]
-        return self._lane(gpu).ask(work)
+        before = self._book.of(gpu)
+        return self._lane(gpu).ask(work, partial(self._board.back_to, gpu, before))
 
     def _release_all(self) -> Answer:
         """Every GPU, also when one refuses or hangs; the answer is one of the refusals then."""
