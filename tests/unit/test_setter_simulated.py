@@ -174,6 +174,17 @@ def test_clocks_above_the_highest_are_the_highest(setter: Setter) -> None:
     assert setter.connect().ask("clocks", gpu=setter.first, max_mhz=9999) == {"ok": True, "max_mhz": 1980}
 
 
+def test_clocks_below_the_lowest_of_a_gpu_that_does_not_list_them_are_refused_and_not_written_down(
+        setter: Setter) -> None:
+    setter.serve()
+    client = setter.connect()
+    client.ask("clocks", gpu=setter.first, max_mhz=900)
+    assert client.ask("clocks", gpu=setter.first, max_mhz=100)["code"] == "invalid"
+    assert setter.locked() == setter.written()["gpus"][setter.first]["max_mhz"] == 900
+    assert client.ask("clocks", gpu=setter.second, max_mhz=100)["code"] == "invalid"
+    assert list(client.ask("state")["gpus"]) == [setter.first]
+
+
 @pytest.mark.parametrize(("asked", "got"), [(350, 350), (5, 200), (9000, 700)])
 def test_a_power_limit_is_set_within_what_the_gpu_takes_and_restored(setter: Setter, asked: int, got: int) -> None:
     setter.person_sets(650)
