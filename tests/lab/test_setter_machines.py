@@ -158,5 +158,5 @@ def test_the_load_balancers_page_is_named_and_answers_the_agent(fleet: LabFleet)
     assert "chat,gpu-1.chat.0," in page
 
 
-def test_provision_again_changes_nothing_and_verify_finds_nothing(fleet: LabFleet) -> None:
+def test_provision_again_changes_nothing(fleet: LabFleet) -> None:
     assert "nothing to do: zero changes" in succeeds("provision", inventory=fleet.inventory).stdout
