@@ -30,6 +30,7 @@ GRACE_S = 5.0
 CONNECTIONS = 16
 LANES = 64  # GPUs that were ever asked for; more: somebody makes UUIDs up
 TICK_S = 0.1
+IDLE_TICK_S = 1.0  # while nothing is set
 AGAIN_S = 5.0  # between two attempts to restore
 AGENT_USER = "opsctl-agent"
 
@@ -73,7 +74,8 @@ class Server:
         self._restore(lambda: True)
         while not select.select([stopping], [], [], 0)[0]:
             self._look_for_a_holder()
-            ready, _, _ = select.select([listener.fileno(), stopping], [], [], TICK_S)
+            tick_s = TICK_S if self._book.entries() else IDLE_TICK_S
+            ready, _, _ = select.select([listener.fileno(), stopping], [], [], tick_s)
             if listener.fileno() in ready:
                 self._welcome(listener.accept()[0])
 
