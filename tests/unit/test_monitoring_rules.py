@@ -104,6 +104,13 @@ def test_promtool_passes_every_case(programs: Path, tmp_path: Path) -> None:
     ("unless on (host, service, inference_instance) (opsctl:instance_weight <= 10)", ""),
     ("max_over_time(up{job=\"load_balancer\"}[1m])", "up{job=\"load_balancer\"}"),  # a missed answer begins it anew
     ("opsctl:instance_weight{host=%q", "opsctl:instance_weight{instance=%q"),
+    ("opsctl_gpu_time_to_slowdown_seconds{host=%q, UUID=%q} > 0", "opsctl_gpu_time_to_slowdown_seconds{host=%q} > 0"),
+    (") == 1 unless on (host, UUID) opsctl_guard_clock_limit_mhz", ") == 1"),  # ours is told as the hardware's
+    ('reason="hw_thermal_slowdown"', 'reason=~".+_thermal_slowdown"'),
+    ("time() - opsctl_gpu_xid_last_timestamp_seconds{severity", "600 - increase(opsctl_gpu_xid_total[1m]{severity"),
+    ("< 600", "< 300"),
+    ("opsctl_guard_latched == 1", "opsctl_guard_latched"),
+    ("opsctl_guard_stopped == 1", "opsctl_guard_stopped >= 0"),
 ])
 def test_a_rule_that_was_broken_does_not_pass(programs: Path, tmp_path: Path, before: str, after: str) -> None:
     write_rules(tmp_path / "rules")
@@ -111,6 +118,6 @@ def test_a_rule_that_was_broken_does_not_pass(programs: Path, tmp_path: Path, be
     assert before in rules.read_text()
     rules.write_text(rules.read_text().replace(before, after))
     (tmp_path / "tests").mkdir()
-    for name in ("GpuThermalMarginLow.yml", "GpuIdleWhileRequestsWait.yml"):
+    for name in (f"{alert}.yml" for alert, of_it in ALERTS.items() if of_it[0]["labels"]["component"] != "telemetry"):
         (tmp_path / "tests" / name).write_text((MONITORING / "tests" / name).read_text())
     assert run_tool(programs / "promtool", "test", "rules", *sorted((tmp_path / "tests").iterdir())).returncode != 0

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from opsctl.agent.guard.heat import Heat, heat, still_heating
+from opsctl.agent.guard.heat import Heat, heat, not_helped
 from opsctl.agent.guard.model import Decision, Memory, Policy, Rung, Situation, Trend
 
 HALF_WEIGHT = 50
 TOLD_GPUS = 3
+LATCHED_TRIES = 2
+NOT_OBEYED_S = 600.0  # whoever still runs so long after it was told to stop, was not told: the setter is down
 STOPPING, STOPPED = "too hot: stopping", "too hot: stopped by the guard"
 
 
@@ -52,7 +54,7 @@ class _Seen:
             if reading.state == "ok":
                 trend = situation.trends.get(reading.uuid, Trend())
                 found = heat(policy, reading, trend)
-                if lasting and still_heating(reading, trend):  # the least does not help
+                if lasting and not_helped(reading, trend):
                     found = replace(found, rung=max(found.rung, Rung.STOP))
                 heats.append(found)
         heats.sort(key=lambda one: (-one.rung, one.reading.margin_c or 0.0, one.reading.index))
@@ -80,7 +82,7 @@ def _alive(policy: Policy, memory: Memory, situation: Situation, seen: _Seen) ->
             stop, down = "now", STOPPING
         else:
             stop, down = "drain", STOPPING
-    decision = _decision(policy, situation, seen, rung, Decision(
+    decision = _decision(policy, after, situation, seen, Decision(
         rung, seen.wanted, 100, down, stop=stop))  # type: ignore[arg-type]
     return after, replace(decision, reasons=(*decision.reasons, *notes))
 
@@ -99,10 +101,13 @@ def _moved(policy: Policy, memory: Memory, situation: Situation, seen: _Seen) ->
         return after, notes
     if memory.latched:
         notes.append(_latch_words(policy, memory))
-        return _at(memory, situation, calm=False), notes
-    after = _at(memory, situation, calm=seen.calm)
+        # From the least to SLOWED it may, whose clocks are as low by then: else a service lacks more than it must.
+        if memory.rung != Rung.LEAST or len(memory.descents_s) >= policy.flap_descents + LATCHED_TRIES:
+            return _at(memory, situation, calm=False), notes
+    after = _at(memory, situation, calm=seen.calm and seen.wanted < memory.rung)
     # What was told to stop and drains stays there: nobody would start again what ends on a higher rung.
-    if memory.rung == Rung.NORMAL or memory.rung >= Rung.STOP:
+    stopping = memory.rung >= Rung.STOP and now_s - memory.since_s < NOT_OBEYED_S
+    if memory.rung == Rung.NORMAL or stopping:
         return after, notes
     if after.calm_since_s is None:
         if seen.wanted < memory.rung:
@@ -155,7 +160,7 @@ def _stopped(policy: Policy, memory: Memory, situation: Situation, seen: _Seen) 
             "it may run again." if start else f"it may run again after {policy.climb_dwell_s:g} s.")
         if start and not situation.enforcing:
             words += " The guard only observes now: a person must start it."
-    decision = _decision(policy, situation, seen, memory.rung, Decision(
+    decision = _decision(policy, after, situation, seen, Decision(
         memory.rung, seen.wanted, 100, STOPPED, start=start))
     return after, replace(decision, reasons=(words, *decision.reasons))
 
@@ -170,27 +175,27 @@ def _blind(policy: Policy, memory: Memory, situation: Situation) -> tuple[Memory
     held = "" if memory.rung == Rung.NORMAL else f", held at {memory.rung.word}"
     words = f"No reading of its GPUs for {age:.0f} s: weight {weight} %{held}; clocks and unit stay as they are."
     down = STOPPED if memory.stopped else ""
-    return memory, Decision(memory.rung, memory.rung, weight, down, _clock_percent(policy, memory.rung),
+    return memory, Decision(memory.rung, memory.rung, weight, down, _clock_percent(policy, memory),
                             acts=situation.enforcing, reasons=(words,))
 
 
-def _decision(policy: Policy, situation: Situation, seen: _Seen, rung: Rung, decision: Decision) -> Decision:
-    """Weight, clocks and words of a rung."""
-    weight = _weight(policy, rung)
-    words = seen.words(_action(policy, situation, rung))
+def _decision(policy: Policy, memory: Memory, situation: Situation, seen: _Seen, decision: Decision) -> Decision:
+    """Weight, clocks and words of the rung that it came to."""
+    weight = _weight(policy, memory.rung)
+    words = seen.words(_action(policy, memory, situation))
     if seen.unreadable:
         weight = min(weight, HALF_WEIGHT)
         words.append(f"{', '.join(seen.unreadable)} cannot be read: weight at most {HALF_WEIGHT} %, no way up.")
-    return replace(decision, weight=weight, clock_percent=_clock_percent(policy, rung), acts=situation.enforcing,
-                   reasons=tuple(words))
+    return replace(decision, weight=weight, clock_percent=_clock_percent(policy, memory),
+                   acts=situation.enforcing, reasons=tuple(words))
 
 
-def _action(policy: Policy, situation: Situation, rung: Rung) -> str:
-    weight, clocks = f"weight {_weight(policy, rung)} %", _clock_percent(policy, rung)
+def _action(policy: Policy, memory: Memory, situation: Situation) -> str:
+    weight, clocks = f"weight {_weight(policy, memory.rung)} %", _clock_percent(policy, memory)
     if clocks is None:
         return weight
     done = f"clocks {clocks} %" if situation.enforcing else f"would set clocks to {clocks} %"
-    stop = {Rung.STOP: ", an orderly stop", Rung.STOP_NOW: ", stop now"}.get(rung, "")
+    stop = {Rung.STOP: ", an orderly stop", Rung.STOP_NOW: ", stop now"}.get(memory.rung, "")
     return f"{done}, {weight}{stop}"
 
 
@@ -199,7 +204,7 @@ def _caught_up(policy: Policy, memory: Memory, situation: Situation) -> Memory:
     now_s = situation.now_s
     if memory.since_s > now_s:  # remembered from another boot
         memory = replace(memory, since_s=now_s, calm_since_s=None)
-    descents = tuple(at for at in memory.descents_s if at <= now_s)
+    descents = tuple(at for at in memory.descents_s if 0 <= now_s - at < policy.flap_window_s)
     if not memory.latched and len(descents) >= policy.flap_descents:  # a person lifted the latch
         descents = ()
     memory = replace(memory, descents_s=descents)
@@ -214,9 +219,14 @@ def _caught_up(policy: Policy, memory: Memory, situation: Situation) -> Memory:
 
 
 def _descended(policy: Policy, memory: Memory, rung: Rung, now_s: float) -> Memory:
-    """One way down may take several steps: a new one begins at normal, or so late that there was time to climb."""
-    descents = tuple(at for at in memory.descents_s if now_s - at < policy.flap_window_s)
+    """One way down may take several steps: a new one begins at normal, or so late that there was time to climb.
+
+    A stop counts as one more: the second within the window latches.
+    """
+    descents = memory.descents_s
     if memory.rung == Rung.NORMAL or not descents or now_s - descents[-1] >= policy.climb_dwell_s:
+        descents = (*descents, now_s)
+    if memory.rung < Rung.STOP <= rung:
         descents = (*descents, now_s)
     latched = memory.latched or len(descents) >= policy.flap_descents
     return replace(memory, rung=rung, since_s=now_s, calm_since_s=None, descents_s=descents, latched=latched)
@@ -255,8 +265,9 @@ def _why_no_climb(policy: Policy, seen: _Seen) -> str:
 
 
 def _latch_words(policy: Policy, memory: Memory) -> str:
+    beyond = f" beyond {Rung.SLOWED.word}" if memory.rung == Rung.LEAST else ""
     return (f"Latched at {memory.rung.word}: {policy.flap_descents} ways down in {policy.flap_window_s / 60:g} min. "
-            "No way up before `opsctl guard unlatch HOST`.")
+            f"No way up{beyond} before `opsctl guard unlatch HOST`.")
 
 
 def _above(rung: Rung) -> Rung:
@@ -268,7 +279,14 @@ def _weight(policy: Policy, rung: Rung) -> int:
     return min(100, max(1, weights[min(rung, Rung.LEAST)]))
 
 
-def _clock_percent(policy: Policy, rung: Rung) -> int | None:
-    return (None, None, policy.slowed_clock_percent, policy.least_clock_percent)[min(rung, Rung.LEAST)]
+def _clock_percent(policy: Policy, memory: Memory) -> int | None:
+    """Of the highest clock; SLOWED has less each time that its clocks were too high."""
+    if memory.rung <= Rung.LESS:
+        return None
+    if memory.rung >= Rung.LEAST:
+        return policy.least_clock_percent
+    again = max(0, len(memory.descents_s) - 1)
+    return max(policy.least_clock_percent,
+               policy.slowed_clock_percent - again * policy.slowed_clock_step_percent)
 
 

@@ -46,10 +46,13 @@ def at_most(policy_c: float, reading: Reading) -> float:
     return max(placed, reading.shutdown_margin_c + CLOSEST_C)
 
 
-def still_heating(reading: Reading, trend: Trend) -> bool:
-    """Beyond the hardware's slowdown, and on its way up."""
-    return reading.margin_c is not None and reading.margin_c < reading.slowdown_margin_c \
-        and (trend.slope_c_per_s or 0.0) > 0
+def not_helped(reading: Reading, trend: Trend) -> bool:
+    """Slowed down by its hardware and not on its way down, or too hot and still heating: what was done does not do."""
+    margin, slope = reading.margin_c, trend.slope_c_per_s
+    if margin is None or slope is None:
+        return False
+    slowed = bool(reading.reasons & HW_THERMAL) or margin <= reading.slowdown_margin_c
+    return (slowed and slope >= 0) or (margin <= 0 and slope > STEADY_C_PER_S)
 
 
 def _by_margin(policy: Policy, reading: Reading) -> Rung:
@@ -73,7 +76,8 @@ def _by_time(policy: Policy, reading: Reading, trend: Trend) -> Rung:
     left, margin = trend.time_to_slowdown_s, reading.margin_c
     if left is None or margin is None or margin > policy.jump_margin_c:
         return Rung.NORMAL
-    return Rung.LEAST if left <= policy.least_time_s else Rung.SLOWED if left <= policy.slowed_time_s else Rung.NORMAL
+    steps = ((Rung.LEAST, policy.least_time_s), (Rung.SLOWED, policy.slowed_time_s))
+    return next((rung for rung, limit in steps if 0 < limit >= left), Rung.NORMAL)
 
 
 def _by_reasons(reading: Reading) -> Rung:

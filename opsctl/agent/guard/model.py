@@ -148,6 +148,7 @@ class Policy:
     slowed_weight: int = 30
     least_weight: int = 1
     slowed_clock_percent: int = 80
+    slowed_clock_step_percent: int = 15  # SLOWED is slower by this for each way down after the first
     least_clock_percent: int = 35
     flap_descents: int = 4
     flap_window_s: float = 1800.0

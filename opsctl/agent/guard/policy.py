@@ -13,18 +13,17 @@ from opsctl.agent.guard.model import Policy
 from opsctl.errors import ConfigurationError
 
 CODE = "guard.policy"
-# Each row must fall from left to right: else a rung would be skipped, or left by the reading that led to it.
+# Each row must fall from left to right. Margins and times need not: a rung whose margin is above the one before it is
+# come to at once, past that one, and a time of 0 is never.
 FALLING = (
-    ("climb_margin_c", "less_margin_c", "slowed_margin_c", "least_margin_c", "stop_margin_c", "stop_now_margin_c"),
-    ("memory_climb_margin_c", "memory_less_margin_c", "memory_slowed_margin_c", "memory_least_margin_c"),
-    ("slowed_time_s", "least_time_s"),
     ("less_weight", "slowed_weight", "least_weight"),
     ("slowed_clock_percent", "least_clock_percent"),
     ("least_age_s", "halve_age_s", "hold_age_s"),
 )
+MOST_MARGIN_C = 100
 PERCENT = ("less_weight", "slowed_weight", "least_weight", "slowed_clock_percent", "least_clock_percent")
-ABOVE_ZERO = ("slowed_time_s", "least_time_s", "climb_dwell_s", "flap_window_s", "hold_age_s")
-FROM_ZERO = ("stop_after_s", "observe_s")
+ABOVE_ZERO = ("climb_dwell_s", "flap_window_s", "hold_age_s")
+FROM_ZERO = ("slowed_time_s", "least_time_s", "stop_after_s", "observe_s", "slowed_clock_step_percent")
 LEAST_FLAPS = 2
 
 
@@ -84,12 +83,21 @@ def _check(path: Path, policy: Policy) -> None:
     for key in FROM_ZERO:
         if values[key] < 0:
             raise _wrong(path, key, values[key], "is below 0")
+    _check_margins(path, policy, values)
     if policy.flap_descents < LEAST_FLAPS:
         raise _wrong(path, "flap_descents", policy.flap_descents, f"is below {LEAST_FLAPS}")
     for row in FALLING:
         for higher, lower in itertools.pairwise(row):
             if values[lower] > values[higher] or (values[lower] == values[higher] and "weight" not in lower):
                 raise _wrong(path, lower, values[lower], f"is not below {higher} = {values[higher]:g}")
+
+
+def _check_margins(path: Path, policy: Policy, values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if key.endswith("_margin_c") and abs(value) > MOST_MARGIN_C:
+            raise _wrong(path, key, value, f"is not between -{MOST_MARGIN_C} and {MOST_MARGIN_C}")
+    if policy.stop_now_margin_c > policy.stop_margin_c and policy.stop_now_margin_c > policy.least_margin_c:
+        raise _wrong(path, "stop_now_margin_c", policy.stop_now_margin_c, "is above stop_margin_c and least_margin_c")
 
 
 def _wrong(path: Path, key: str, value: Any, why: str) -> ConfigurationError:
