@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from opsctl.agent.gpu import kernel_log
 from opsctl.agent.gpu.kernel_log import Entry, entry_of, follow, journal_entry, kmsg_entry
-from opsctl.agent.gpu.xids import Xids
+from opsctl.agent.gpu.xids import WORDS, Xids, grade_of
 
 PCI = "00000000:1A:00.0"
 LINE = "NVRM: Xid (PCI:0000:1a:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus."
@@ -34,6 +35,20 @@ def test_how_often(told: list[tuple[str, float]], count: int, at: float) -> None
     for source, time in told:
         xids.seen(source, PCI, 79, time)
     assert (xids.of(PCI)[79].count, xids.of(PCI)[79].at) == (count, at)
+
+
+def test_a_wall_clock_that_is_set_back_changes_no_count_and_no_order() -> None:
+    xids = Xids()
+    xids.settle(1_700_000_000.0)
+    assert xids.seen("event", PCI, 31, 100.0)
+    xids.settle(1_700_000_000.2)  # steered: what was exported stays as it was
+    assert xids.wall(xids.of(PCI)[31].at) == 1_700_000_100.0
+    xids.settle(1_699_996_400.0)  # an hour back, between the two tellings
+    assert not xids.seen("log", PCI, 31, 100.4)
+    assert xids.seen("event", PCI, 79, 101.0)
+    assert xids.last(PCI) == 79
+    assert [(one["xid"], one["at"]) for one in xids.recent(PCI, 102.0)] == [(79, 1_699_996_501.0),
+                                                                            (31, 1_699_996_500.0)]
 
 
 def test_errors_and_gpus_are_told_apart() -> None:
@@ -63,15 +78,15 @@ def test_the_kernels_own_times() -> None:
     assert kmsg_entry(f"4,1234,5000000,-;{LINE}", 1000.0, 8_000_000) == Entry(PCI, 79, 997.0)
     assert kmsg_entry(" SUBSYSTEM=pci", 1000.0, 8_000_000) is None
     assert kmsg_entry(LINE, 1000.0, 8_000_000) == Entry(PCI, 79, 1000.0)
-    document = {"MESSAGE": LINE, "__REALTIME_TIMESTAMP": "1700000000500000", "_TRANSPORT": "kernel"}
-    assert journal_entry(json.dumps(document)) == Entry(PCI, 79, 1700000000.5)
-    for line in ("", "{", "[]", json.dumps({"MESSAGE": [1, 2], "__REALTIME_TIMESTAMP": "x"})):
-        assert journal_entry(line) is None
+    document = {"MESSAGE": LINE, "__MONOTONIC_TIMESTAMP": "5000000", "_TRANSPORT": "kernel"}
+    assert journal_entry(json.dumps(document), 1000.0, 8_000_000) == Entry(PCI, 79, 997.0)
+    for line in ("", "{", "[]", json.dumps({"MESSAGE": [1, 2], "__MONOTONIC_TIMESTAMP": "x"})):
+        assert journal_entry(line, 1000.0, 8_000_000) is None
 
 
 def test_the_log_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pipe stands in for /dev/kmsg: opened without waiting, read record by record."""
-    monkeypatch.setattr("opsctl.agent.gpu.kernel_log.POLL_S", 0.01)
+    monkeypatch.setattr("opsctl.agent.gpu.kernel_log.PAUSE_S", 0.01)
     kmsg = tmp_path / "kmsg"
     os.mkfifo(kmsg)
     writer = os.open(kmsg, os.O_RDWR)
@@ -90,13 +105,14 @@ def test_the_log_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert found == [79, 31]
 
 
-def test_where_nothing_can_be_read_it_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kmsg", [Path("/nowhere/kmsg"), Path("/dev/null")])  # the second: as containers have it
+def test_where_nothing_can_be_read_it_is_said_once(kmsg: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opsctl.agent.gpu.kernel_log.JOURNAL", ("false",))
     monkeypatch.setattr("opsctl.agent.gpu.kernel_log.JOURNAL_AGAIN_S", 0.01)
     said: list[str] = []
 
     async def listen() -> None:
-        async for _ in follow(said.append, tmp_path / "none"):
+        async for _ in follow(said.append, kmsg):
             raise AssertionError
 
     with pytest.raises(asyncio.TimeoutError):
@@ -131,12 +147,12 @@ def test_an_old_error_is_found_on_a_host_that_talks_a_lot() -> None:
                           capture_output=True, text=True, check=False, timeout=60)
     if done.returncode:
         pytest.skip(f"no journal of its own here: {done.stderr.strip()[-200:]}")
-    found = [journal_entry(line) for line in done.stdout.splitlines()]
+    found = [journal_entry(line, 0.0, 0) for line in done.stdout.splitlines()]
     assert [one.xid for one in found if one is not None] == [79, 31]
 
 
 def test_the_journal_is_read_where_the_kernels_log_may_not_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = json.dumps({"MESSAGE": LINE, "__REALTIME_TIMESTAMP": "1700000000500000"})
+    line = json.dumps({"MESSAGE": LINE, "__MONOTONIC_TIMESTAMP": "500000"})
     monkeypatch.setattr("opsctl.agent.gpu.kernel_log.JOURNAL", ("printf", f"{line}\\n{line}\\n"))
     monkeypatch.setattr("opsctl.agent.gpu.kernel_log.JOURNAL_AGAIN_S", 0.01)
     found: list[Entry] = []
@@ -147,5 +163,24 @@ def test_the_journal_is_read_where_the_kernels_log_may_not_be(tmp_path: Path, mo
 
     with pytest.raises(asyncio.TimeoutError):
         asyncio.run(asyncio.wait_for(listen(), 0.5))
-    assert found == [Entry(PCI, 79, 1700000000.5)] * len(found)
-    assert len(found) == 1  # it was started many times
+    assert [(one.pci, one.xid) for one in found] == [(PCI, 79)]  # it was started many times
+
+
+def test_every_row_of_the_catalogue_is_whole() -> None:
+    rows = [line.split("\t") for line in WORDS.read_text().splitlines() if not line.startswith("#")]
+    numbers = [int(row[0]) for row in rows]
+    assert numbers == sorted(set(numbers))
+    for _, words, action, severity, source in rows:
+        assert words
+        assert re.fullmatch("-|[A-Z][A-Z0-9_]+", action)
+        assert severity in ("info", "warning", "critical")
+        assert source.startswith("docs.nvidia.com/")
+
+
+@pytest.mark.parametrize(("xid", "action", "severity"), [
+    (13, "RESTART_APP", "warning"), (43, "IGNORE", "info"), (48, "WORKFLOW_XID_48", "critical"),
+    (63, "IGNORE", "info"), (64, "RESET_GPU", "critical"), (74, "WORKFLOW_NVLINK_ERR", "critical"),
+    (79, "RESTART_BM", "critical"), (94, "RESTART_APP", "warning"), (95, "RESET_GPU", "critical"),
+    (119, "RESET_GPU", "critical"), (167, "CONTACT_SUPPORT", "warning"), (9999, "CONTACT_SUPPORT", "warning")])
+def test_what_to_do_about_it(xid: int, action: str, severity: str) -> None:
+    assert (grade_of(xid).action, grade_of(xid).severity) == (action, severity)
