@@ -53,10 +53,11 @@ def _host_lines(host: str, document: Mapping[str, Any], policy: Policy) -> list[
     if not document["enforcing"] and document["instances"]:
         lines.append("mode:    weights act; clocks and stops are decided and left alone"
                      + _until(document) + f"; now: opsctl guard mode enforce --limit {host}")
+    if document.get("policy_words"):
+        lines.append(f"numbers: {document['policy_words']} The guard's own count:")
     lines.append("numbers: " + threshold_words(policy))
     lines.append("         " + memory_words(policy))
-    lines.append(f"         up a rung: margin above {policy.climb_margin_c:g} °C and not rising for "
-                 f"{policy.climb_dwell_s:g} s; {policy.flap_descents} times down within "
+    lines.append(f"         up a rung: {calm_words(policy)}; {policy.flap_descents} times down within "
                  f"{hours(policy.flap_window_s)}: latched")
     lines.append(f"         no sample for {policy.hold_age_s:g} s: hold; {policy.halve_age_s:g} s: half the weight; "
                  f"{policy.least_age_s:g} s: weight {policy.least_weight} %; never a stop")
@@ -81,6 +82,12 @@ def threshold_words(policy: Policy) -> str:
     margins = ", ".join(f"{word} at {value:g}" for word, value in _margins(policy))
     return (f"margin °C: {margins}; slowdown nearer than {policy.slowed_time_s:g} s: slowed, "
             f"{policy.least_time_s:g} s: least")
+
+
+def calm_words(policy: Policy) -> str:
+    """What a way up asks for."""
+    return (f"margin above {policy.climb_margin_c:g} °C (memory {policy.memory_climb_margin_c:g}) and not heating for "
+            f"{policy.climb_dwell_s:g} s")
 
 
 def memory_words(policy: Policy) -> str:
@@ -132,7 +139,7 @@ def gpu_words(gpu: Mapping[str, Any]) -> str:
 def next_words(one: Mapping[str, Any], policy: Policy) -> list[str]:
     """What would move the instance from where it is, down and up."""
     if one["stopped"]:
-        return [f"starts again at margin above {policy.climb_margin_c:g} °C, not rising for {policy.climb_dwell_s:g} s"]
+        return [f"starts again: {calm_words(policy)}"]
     rung = Rung(one["rung"])
     found = []
     if rung < Rung.STOP_NOW:
@@ -144,8 +151,7 @@ def next_words(one: Mapping[str, Any], policy: Policy) -> list[str]:
         found.append("it stays here or goes down until somebody unlatches it")
     elif rung > Rung.NORMAL:
         above = Rung(rung - 1)
-        found.append(f"{WORDS[above]} when the margin is above {policy.climb_margin_c:g} °C and not rising for "
-                     f"{policy.climb_dwell_s:g} s: {does_words(above, policy)}")
+        found.append(f"{WORDS[above]} with {calm_words(policy)}: {does_words(above, policy)}")
     return found
 
 

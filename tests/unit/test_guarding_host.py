@@ -140,3 +140,17 @@ def test_who_ordered_what_is_in_the_journal(host: Paths, monkeypatch: pytest.Mon
     machine.run(["opsctl-host", "guard"])
     assert written == [{"verb": "guard-mode", "mode": "enforce", "by": "ann@desk"},
                        {"verb": "guard-unlatch", "instance": "chat.0", "by": "ann@desk"}]
+
+
+@pytest.mark.parametrize(("text", "less", "words"), [
+    (None, 3.0, ""),
+    ('less_margin_c = "5.5"\n', 5.5, ""),
+    ("less_margin_c = 99\n", 3.0, "less_margin_c"),
+])
+def test_the_numbers_are_told_when_asked(host: Paths, text: str | None, less: float, words: str) -> None:
+    if text:
+        host.guard_policy.write_text(text)
+    found = json.loads(Machine(host, "gpu-1").run(["opsctl-host", "guard", "--policy"]).stdout)
+    assert found["policy"]["less_margin_c"] == less
+    assert words in found["policy_words"]
+    assert "policy" not in json.loads(Machine(host, "gpu-1").run(["opsctl-host", "guard"]).stdout)
