@@ -22,6 +22,7 @@ NEAR_C = 8.0  # a margin that is worth a colour
 HARDWARE = ("hardware slowdown", "hardware thermal slowdown", "power brake")
 DRIVER = "thermal slowdown"
 LEVELS = ("good", "warning", "bad")
+FULL = 100
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,19 @@ def silent(hosts: Sequence[Host], answers: Mapping[str, Answer | None]) -> list[
     return found
 
 
+def note(instance: str, answer: Mapping[str, Any]) -> str:
+    """``guard: slowed, weight 30 %, clocks at most 80 %, 1584 MHz; ...``; empty when it does nothing to it."""
+    one = next((one for one in answer["instances"] if one["instance"] == instance), None)
+    if answer["words"]:
+        return str(answer["words"])
+    if one is None or (not one["rung"] and one["weight"] == FULL and not one["latched"] and not one["stopped"]):
+        return ""
+    gpus = [gpu for gpu in answer["gpus"] if gpu["instance"] == instance]
+    clocks = clock_words(one, gpus)
+    said = f"guard: {WORDS[Rung(one['rung'])]}, weight {one['weight']} %" + (f", clocks {clocks}" if clocks else "")
+    return "; ".join([said, *_why(one, answer)])
+
+
 def wrong(guards: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
     """What ``status --strict`` counts of the guards' documents by host: as ``status.wrong``."""
     found = []
@@ -255,7 +269,8 @@ def wrong(guards: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
             found.append({"host": host, "instance": "", "what": "guard silent"})
         for one in answer["instances"]:
             rung = Rung(one["rung"])
-            what = [f"guard: {WORDS[rung]} ({one['weight']} %)"] if rung else []
+            below = rung or one["weight"] < FULL
+            what = [f"guard: {WORDS[rung]} ({one['weight']} %)"] if below and not one["stopped"] else []
             what += ["guard: latched"] if one["latched"] else []
             what += ["stopped by the guard"] if one["stopped"] else []
             found += [{"host": host, "instance": one["instance"], "what": said} for said in what]
