@@ -21,7 +21,7 @@ def instances(rows: Sequence[InstanceRow], silent: Sequence[Mapping[str, str]] =
     """``opsctl guard status``; hosts that say nothing and have no row stand below."""
     table = plain("host", "instance", "rung", "weight", "clocks", "margin", "slowdown", "mode", "why")
     for row in rows:
-        rung = row.word + (" (latched)" if row.latched else "")
+        rung = row.word + (", down" if row.down else "") + (", latched" if row.latched else "")
         table.add_row(row.host, row.instance, Text(rung, LEVELS[row.level]),
                       "" if row.weight is None else f"{row.weight} %", row.clocks, margin_words(row), soon(row),
                       row.mode, Text(row.why, LEVELS[row.level]))

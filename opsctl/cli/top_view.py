@@ -34,8 +34,11 @@ def bar(left_c: float | None) -> Text:
     return Text.assemble((filled, colour), ("·" * (BAR - len(filled)), "dim"))
 
 
-def temperature(row: GpuRow) -> str:
-    return "" if row.temperature_c is None else f"{row.temperature_c:.0f} °C"
+def temperature(row: GpuRow) -> Text:
+    """``lost`` or ``unreadable`` in its place, where it is."""
+    if row.state != "ok":
+        return Text(row.state, LEVELS["bad"])
+    return Text("" if row.temperature_c is None else f"{row.temperature_c:.0f} °C")
 
 
 def margin_cell(row: GpuRow) -> Text:
@@ -81,33 +84,46 @@ def soon(row: GpuRow) -> Text:
     return Text("") if seconds is None else Text(f"{seconds:.0f} s", "bold red" if seconds < 10 else "yellow")
 
 
-# Heading, cell, how wide a terminal must be for it, whether numbers stand to the right.
+# Heading, cell, rank: the lower, the longer it stays when the terminal is narrow; whether numbers stand to the right.
 COLUMNS: tuple[tuple[str, Cell, int, bool], ...] = (
     ("host", lambda row: row.host, 0, False),
-    ("GPU", lambda row: f"{row.index} {row.model}".rstrip(), 0, False),
-    ("instance", lambda row: row.instance, 90, False),
-    ("temp", temperature, 0, True),
-    ("", lambda row: bar(margin(asdict(row))), 0, False),
-    ("margin", margin_cell, 0, True),
-    ("slowdown", soon, 0, True),
-    ("rung", rung, 0, False),
-    ("clocks", clocks, 0, False),
-    ("power", power, 100, True),
-    ("busy", lambda row: "" if row.utilisation_percent is None else f"{row.utilisation_percent:.0f} %", 70, True),
-    ("memory", memory, 120, True),
-    ("note", lambda row: Text(row.note, LEVELS[row.level]), 110, False),
+    ("GPU", lambda row: f"{row.index} {row.model}".rstrip(), 1, False),
+    ("instance", lambda row: row.instance, 9, False),
+    ("temp", temperature, 2, True),
+    ("", lambda row: bar(margin(asdict(row))), 7, False),
+    ("margin", margin_cell, 3, True),
+    ("slowdown", soon, 6, True),
+    ("rung", rung, 4, False),
+    ("clocks", clocks, 5, False),
+    ("power", power, 10, True),
+    ("busy", lambda row: "" if row.utilisation_percent is None else f"{row.utilisation_percent:.0f} %", 8, True),
+    ("memory", memory, 12, True),
+    ("note", lambda row: Text(row.note, LEVELS[row.level]), 11, False),
 )
+ALWAYS = 4  # ranks up to this one are shown, and cut off, on any terminal
+GAP = 2  # between columns
 
 
 def table(rows: Sequence[GpuRow], width: int) -> Table:
-    """What fits into ``width`` characters."""
-    found = Table(box=None, pad_edge=False, header_style="bold")
-    shown = [column for column in COLUMNS if width >= column[2]]
-    for heading, _, _, right in shown:
+    """The columns that fit into ``width`` characters whole."""
+    columns = {heading: [_text(cell(row)) for row in rows] for heading, cell, _, _ in COLUMNS}
+    left, shown = width + GAP, set()
+    for heading, _, rank, _ in sorted(COLUMNS, key=lambda column: column[2]):
+        left -= max([len(heading), *(text.cell_len for text in columns[heading])]) + GAP
+        if left < 0 and rank > ALWAYS:
+            break
+        shown.add(heading)
+    found = Table(box=None, pad_edge=False, header_style="bold", padding=(0, GAP, 0, 0))
+    chosen = [(heading, right) for heading, _, _, right in COLUMNS if heading in shown]
+    for heading, right in chosen:
         found.add_column(heading, justify="right" if right else "left", no_wrap=True)
-    for row in rows:
-        found.add_row(*(cell(row) for _, cell, _, _ in shown))
+    for cells in zip(*(columns[heading] for heading, _ in chosen), strict=True):
+        found.add_row(*cells)
     return found
+
+
+def _text(cell: Text | str) -> Text:
+    return cell if isinstance(cell, Text) else Text(cell)
 
 
 def summary(rows: Sequence[GpuRow]) -> str:

@@ -40,6 +40,7 @@ class InstanceRow:
     time_to_slowdown_s: float | None = None
     mode: str = ""
     why: str = ""
+    down: str = ""
     latched: bool = False
     stopped: bool = False
     level: str = "good"
@@ -56,6 +57,7 @@ class GpuRow:
     index: int
     model: str = ""
     instance: str = ""
+    state: str = "ok"
     temperature_c: float | None = None
     margin_c: float | None = None
     memory_margin_c: float | None = None
@@ -149,7 +151,7 @@ def _instance_row(host: str, one: Mapping[str, Any], answer: Mapping[str, Any]) 
     return InstanceRow(
         host, one["instance"], int(rung), WORDS[rung], one["weight"], clock_words(one, gpus), hottest.get("index"),
         margin(hottest), min(times, default=None), mode_words(answer), "; ".join(_why(one, answer)),
-        one["latched"], one["stopped"], instance_level(one, answer))
+        one["down"], one["latched"], one["stopped"], instance_level(one, answer))
 
 
 def _why(one: Mapping[str, Any], answer: Mapping[str, Any]) -> list[str]:
@@ -195,11 +197,7 @@ def gpu_rows(hosts: Sequence[Host], answers: Mapping[str, Answer | None], *, by_
 
 def _heat(row: GpuRow) -> tuple[bool, float, str, int]:
     left = margin(asdict(row))
-    return not _is_gone(row), float("inf") if left is None else left, row.host, row.index
-
-
-def _is_gone(row: GpuRow) -> bool:
-    return row.level == "bad" and row.temperature_c is None
+    return row.state == "ok", float("inf") if left is None else left, row.host, row.index
 
 
 def _gpu_row(host: str, gpu: Mapping[str, Any], one: Mapping[str, Any] | None, answer: Mapping[str, Any]) -> GpuRow:
@@ -207,13 +205,14 @@ def _gpu_row(host: str, gpu: Mapping[str, Any], one: Mapping[str, Any] | None, a
         "temperature_c", "margin_c", "memory_margin_c", "slope_c_per_s", "time_to_slowdown_s", "power_w",
         "power_limit_w", "clock_mhz", "clock_max_mhz", "clock_limit_mhz", "utilisation_percent", "memory_used_mib",
         "memory_total_mib")}
-    notes = [gpu["state"]] if gpu["state"] != "ok" else list(gpu["reasons"])
+    notes = list(gpu["reasons"])
     if gpu.get("power_limit_set_w") is not None:
         notes.append(f"guard: at most {gpu['power_limit_set_w']:.0f} W")
     if answer["words"] or is_old(answer):
         notes.append("old" if answer["sample_age_s"] is None else f"{answer['sample_age_s']:.0f} s old")
     return GpuRow(
-        host, gpu["index"], str(gpu.get("model") or "").removeprefix("NVIDIA "), gpu["instance"], **same,
+        host, gpu["index"], str(gpu.get("model") or "").removeprefix("NVIDIA "), gpu["instance"], gpu["state"],
+        **same,
         slowed_by=slowed_by(gpu), rung=None if one is None else one["rung"],
         word="" if one is None else WORDS[Rung(one["rung"])], weight=None if one is None else one["weight"],
         latched=bool(one and one["latched"]), note=", ".join(notes), level=_gpu_level(gpu, one, answer))

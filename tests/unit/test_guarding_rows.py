@@ -30,6 +30,7 @@ FLEET = Fleet(Path("/fleet"), Path("/fleet/inventory.ini"),
                Host("gpu-2", "10.0.0.12", ("gpu",))),
               (Service("chat", "gpu", port=8100, listen=8000),))
 GPUS = FLEET.group("gpu")
+OPS_GONE = RefusedError("host.unreachable", "ops-1 does not answer")
 GONE = RefusedError("host.unreachable", "gpu-2 does not answer")
 
 
@@ -131,7 +132,7 @@ def test_gpus_in_the_order_of_the_inventory_or_of_their_heat() -> None:
     (seen(gpus=[gpu()]), "good", ""),
     (seen(gpus=[hot()], instances=[slowed()]), "warning", "thermal slowdown"),
     (seen(gpus=[gpu(reasons=["hardware thermal slowdown"])]), "bad", "hardware thermal slowdown"),
-    (seen(gpus=[LOST]), "bad", "lost"),
+    (seen(gpus=[LOST]), "bad", ""),
     (seen(gpus=[gpu()], instances=[instance(rung=4)]), "bad", ""),
     (seen(gpus=[gpu(power_limit_set_w=500.0)]), "good", "guard: at most 500 W"),
     (seen(gpus=[gpu()], sample_age_s=40.2), "warning", "40 s old"),
