@@ -150,7 +150,7 @@ def frame(rows: Sequence[GpuRow], silent: Sequence[Mapping[str, str]], asked: in
     width, height = size
     keys = f"q quit  m {'inventory order' if by_margin else 'hottest first'}"
     head = Text.assemble((f"{at}  ", "dim"), summary(rows), (f"; {asked} not heard yet" if asked else "", "yellow"))
-    room = max(1, height - 4 - min(len(silent), 5))
+    room = max(1, height - 4 - 2 * min(len(silent), 5))  # what they say may need two lines
     hidden = len(rows) - room
     more = [Text(f"and {hidden} more; m or --sort margin shows the hottest first", "dim")] if hidden > 0 else []
     said = [*_silent(silent[:5])] if len(silent) <= 5 else [*_silent(silent[:4]),
@@ -159,5 +159,5 @@ def frame(rows: Sequence[GpuRow], silent: Sequence[Mapping[str, str]], asked: in
 
 
 def _silent(silent: Sequence[Mapping[str, str]]) -> list[Text]:
-    return [Text(one["words"] if one["words"].startswith(one["host"]) else f"{one['host']}: {one['words']}", "bold red",
-                 no_wrap=True, overflow="ellipsis") for one in silent]
+    return [Text(one["words"] if one["words"].startswith(one["host"]) else f"{one['host']}: {one['words']}", "bold red")
+            for one in silent]

@@ -85,11 +85,13 @@ def worse_cooling(lab: str, host: str, gpu: int | None, factor: float) -> Iterat
         OpsctlError: what the lab says.
     """
     known = state.find(lab)
-    before = faults.load(trees.faults_path(known.place(known.machine(host))))
+    machine = known.machine(host)
+    faults.chosen(gpu, machine.gpus.count if machine.gpus else 0, host)  # what makes no sense is refused before all
+    before = faults.load(trees.faults_path(known.place(machine)))
     if before.cooling:
         raise RefusedError("drill.not_ready", f"{host}: its cooling is broken already.",
                            hint=f"opsctl lab fault {host} clear --name {lab}")
-    faults.cool(before, (), factor)  # a factor that makes no sense is refused before anything is begun
+    faults.cool(before, (), factor)
 
     mended = False
 

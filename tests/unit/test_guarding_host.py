@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from machines import Machine
 from release_kit import Keys, make_host, make_keys
 
 from opsctl.agent import audit, guard_verbs, guard_view
+from opsctl.agent.drains import boot_clock
 from opsctl.agent.paths import Paths
+from opsctl.agent.state import state
 from opsctl.errors import ConfigurationError
 
 
@@ -154,3 +158,14 @@ def test_the_numbers_are_told_when_asked(host: Paths, text: str | None, less: fl
     assert found["policy"]["less_margin_c"] == less
     assert words in found["policy_words"]
     assert "policy" not in json.loads(Machine(host, "gpu-1").run(["opsctl-host", "guard"]).stdout)
+
+
+def test_state_has_the_guard_where_there_is_one(host: Paths) -> None:
+    def inactive(argv: Sequence[str], timeout_s: float = 0) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(argv, 0, "LoadState=loaded\nActiveState=inactive\nSubState=dead\n", "")
+    assert "guard" not in state(host, inactive)
+    write(host.gpus, gpus())
+    assert "guard" not in state(host, inactive)  # GPUs are seen, and no guard ever spoke
+    write(host.guard, guard_kit.document(at_boot_s=boot_clock()))
+    found = state(host, inactive)["guard"]
+    assert (found["mode"], found["words"], found["instances"]) == ("auto", "", [guard_kit.instance()])
