@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from opsctl.engines.session import Session
-    from opsctl.fleet.model import Host
+    from opsctl.fleet.model import Fleet, Host
     from opsctl.guarding.story import Step, Story
 
 app = typer.Typer(help="Announced exercises: what would happen, before it does.", no_args_is_help=True)
@@ -71,10 +71,10 @@ def thermal(
             if lab:
                 _exercise(speaker, session, one, lab, answer, factor, for_s, gpu, yes=yes)
             else:
-                _replay(speaker, host, answer, factor, for_s)
+                _replay(speaker, fleet, host, answer, factor, for_s)
 
 
-def _replay(speaker: Speaker, host: str, answer: Mapping[str, Any], factor: float, for_s: float) -> None:
+def _replay(speaker: Speaker, fleet: Fleet, host: str, answer: Mapping[str, Any], factor: float, for_s: float) -> None:
     from opsctl.errors import RefusedError
     from opsctl.guarding import replay
     from opsctl.guarding.explaining import policy_of
@@ -84,15 +84,33 @@ def _replay(speaker: Speaker, host: str, answer: Mapping[str, Any], factor: floa
     if not replay.usable(answer) or not answer["instances"]:
         why = answer["words"] or "no GPU there tells temperature and margin"
         raise RefusedError("drill.no_gpus", f"{host}: {why}.", hint=f"opsctl guard explain {host}")
-    story = replay.replay(answer, policy_of(answer), factor, for_s)
+    others = _others(speaker, fleet, host, answer)
+    story = replay.replay(replay.with_pool(answer, others), policy_of(answer), factor, for_s)
     report = story.report(for_s)
     assumed = (f"assumed: cooling {factor:g} times worse for {for_s:g} s, a rise of first order (time constant "
                f"{replay.TAU_S:g} s, air at {replay.INLET_C:g} °C), and that less weight sheds no heat")
     lines = [f"{host}: reckoned from what it is like now; nothing is touched. The guard {mode_words(answer)}.", assumed]
+    lines += [f"serving on other hosts now: {count} of {service}" for service, count in others.items()]
     lines += [f"note: {words}" for words in [replay.with_load(answer)] if words]
     lines += [step.words for step in story.steps] or ["no step: the guard would not react"]
     speaker.result(_document(host, "replay", "", factor, for_s, story, report.as_document()),
                    "\n".join([*lines, *report_lines(report, for_s=for_s, real=False)]))
+
+
+def _others(speaker: Speaker, fleet: Fleet, host: str, answer: Mapping[str, Any]) -> dict[str, int]:
+    """By service of the host, how many instances serve on other hosts: what its guard would read at a load balancer."""
+    from opsctl.errors import OpsctlError
+    from opsctl.fleet.placements import place
+    from opsctl.releases.plan import serves
+    from opsctl.status import gather
+
+    services = dict.fromkeys(one["service"] for one in answer["instances"])
+    names = {one.host for one in place(fleet) if one.service in services and one.host != host}
+    with speaker.waiting(f"asking {len(names)} other hosts who serves"):
+        states = gather(fleet, [one for one in fleet.hosts if one.name in names])
+    serving = [one["service"] for state in states.values() if not isinstance(state, OpsctlError) and state
+               for one in state["instances"] if serves(one)]
+    return {service: serving.count(service) for service in services}
 
 
 def _exercise(speaker: Speaker, session: Session, host: Host, lab: str, answer: Mapping[str, Any], factor: float,

@@ -26,7 +26,8 @@ def instances(rows: Sequence[InstanceRow], silent: Sequence[Mapping[str, str]] =
                       "" if row.weight is None else f"{row.weight} %", row.clocks, margin_words(row), soon(row),
                       row.mode, Text(row.why, LEVELS[row.level]))
     shown = {row.host for row in rows}
-    return Group(table, *(Text(one["words"], "bold red") for one in silent if one["host"] not in shown))
+    first = table if rows else Text("no instance has GPUs here: nothing to guard")
+    return Group(first, *(Text(one["words"], "bold red") for one in silent if one["host"] not in shown))
 
 
 def margin_words(row: InstanceRow) -> str:

@@ -15,6 +15,7 @@ from opsctl.guarding.rows import clock_words, hours, is_old, mode_words
 
 SOURCES = {"margin_api": "the driver's margin", "fields": "T.Limit fields", "thresholds": "absolute thresholds",
            "configured": "the configured fallback"}
+UNASKED = "the load balancers have not been asked"  # as agent/guard/keeper.py says it
 MOVES = 8  # the newest
 Section = tuple[str, list[str]]
 
@@ -148,7 +149,7 @@ def next_words(one: Mapping[str, Any], policy: Policy) -> list[str]:
         allowed = "" if below < Rung.STOP else f" for {policy.stop_after_s:g} s, if the pool allows it"
         found.append(f"{WORDS[below]} at margin {at:g} °C{allowed}: {does_words(below, policy)}")
     if one["latched"]:
-        found.append("it stays here or goes down until somebody unlatches it")
+        found.append("no way up to normal before somebody unlatches it")
     elif rung > Rung.NORMAL:
         above = Rung(rung - 1)
         found.append(f"{WORDS[above]} with {calm_words(policy)}: {does_words(above, policy)}")
@@ -158,7 +159,7 @@ def next_words(one: Mapping[str, Any], policy: Policy) -> list[str]:
 def does_words(rung: Rung, policy: Policy) -> str:
     """What a rung does, for a person."""
     return {Rung.NORMAL: "all its weight, clocks free", Rung.LESS: f"weight {policy.less_weight} %",
-            Rung.SLOWED: f"weight {policy.slowed_weight} %, clocks {policy.slowed_clock_percent} %",
+            Rung.SLOWED: f"weight {policy.slowed_weight} %, clocks {policy.slowed_clock_percent} % or less",
             Rung.LEAST: f"weight {policy.least_weight} %, clocks {policy.least_clock_percent} %",
             Rung.STOP: "the engine finishes what it has and stops",
             Rung.STOP_NOW: "the engine is stopped at once"}[rung]
@@ -167,6 +168,8 @@ def does_words(rung: Rung, policy: Policy) -> str:
 def pool_words(pool: Mapping[str, Any]) -> str:
     """May it be stopped, as its load balancers see it."""
     words = f" ({pool['words']})" if pool["words"] else ""
+    if pool["others"] is None and pool["words"].startswith(UNASKED):
+        return f"its load balancers are asked once it is at {WORDS[Rung.LEAST]}; min_serving {pool['min_serving']}"
     if pool["others"] is None:
         return f"how many others serve is not known, so it would not be stopped{words}"
     serve = "1 other serves" if pool["others"] == 1 else f"{pool['others']} others serve"

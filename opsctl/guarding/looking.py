@@ -10,8 +10,8 @@ from typing import Any
 
 from opsctl.engines.session import Session, on_each
 from opsctl.errors import OpsctlError
+from opsctl.fleet import placements
 from opsctl.fleet.model import Fleet, Host
-from opsctl.fleet.placements import place
 from opsctl.releases.remote import interpret
 
 # As ``opsctl-host guard``, for a fifth of its time on the host's processors (docs/guard.md).
@@ -24,9 +24,11 @@ Answer = Mapping[str, Any] | OpsctlError
 
 
 def watched(fleet: Fleet, hosts: Sequence[Host]) -> tuple[Host, ...]:
-    """Those of ``hosts`` that serve or have GPUs; all of them when none does. Pure."""
-    serving = {placement.host for placement in place(fleet)}
-    return tuple(host for host in hosts if host.name in serving or host.gpus) or tuple(hosts)
+    """Those of ``hosts`` that have GPUs or serve with them; if none does, those that serve, or all. Pure."""
+    with_gpus = {host.name for host in placements.with_gpus(fleet)}
+    serving = {placement.host for placement in placements.place(fleet)}
+    return (tuple(host for host in hosts if host.name in with_gpus or host.gpus)
+            or tuple(host for host in hosts if host.name in serving) or tuple(hosts))
 
 
 def look(fleet: Fleet, hosts: Sequence[Host]) -> dict[str, Answer]:

@@ -181,6 +181,17 @@ def _instance(one: _Instance) -> dict[str, Any]:
             "reasons": list(made.reasons)}
 
 
+def with_pool(document: Mapping[str, Any], others: Mapping[str, int]) -> dict[str, Any]:
+    """``others`` that serve, by service, where the guard has not asked its load balancers yet."""
+    instances = []
+    for one in document["instances"]:
+        pool = dict(one["pool"])
+        if pool["others"] is None and one["service"] in others:
+            pool |= {"others": others[one["service"]], "words": ""}
+        instances.append({**one, "pool": pool})
+    return {**document, "instances": instances}
+
+
 def with_load(document: Mapping[str, Any]) -> str:
     """Why a replay may show little: idle GPUs make little heat. Empty when they work."""
     busy = [gpu["utilisation_percent"] for gpu in usable(document) if gpu["utilisation_percent"] is not None]

@@ -126,12 +126,13 @@ def clock_words(instance: Mapping[str, Any], gpus: Sequence[Mapping[str, Any]]) 
 
 
 def instance_rows(fleet: Fleet, hosts: Sequence[Host], answers: Mapping[str, Answer]) -> list[InstanceRow]:
-    """A row for each instance that is placed on ``hosts``, in the order of the hosts."""
+    """A row for each instance on ``hosts`` that has GPUs, in the order of the hosts; the others have no guard."""
     placed = place(fleet)
     found = []
     for host in hosts:
-        names = [placement.instance for placement in placed if placement.host == host.name]
         answer = answers[host.name]
+        names = [placement.instance for placement in placed if placement.host == host.name
+                 and (fleet.service(placement.service).gpus_per_instance or _knows(answer, placement.instance))]
         if isinstance(answer, OpsctlError):
             word = "unreachable" if answer.code == "host.unreachable" else "unknown"
             found += [InstanceRow(host.name, name, word=word, why=answer.message, level="bad") for name in names]
@@ -141,6 +142,10 @@ def instance_rows(fleet: Fleet, hosts: Sequence[Host], answers: Mapping[str, Ans
                   InstanceRow(host.name, name, mode=mode_words(answer), level="bad",
                               why=answer["words"] or "its guard does not know it: opsctl provision") for name in names]
     return found
+
+
+def _knows(answer: Answer, instance: str) -> bool:
+    return not isinstance(answer, OpsctlError) and any(one["instance"] == instance for one in answer["instances"])
 
 
 def _instance_row(host: str, one: Mapping[str, Any], answer: Mapping[str, Any]) -> InstanceRow:

@@ -36,7 +36,7 @@ os.geteuid = lambda: 0
 audit.record = lambda *_: None
 sys.exit(guard_view.main() if sys.argv[1] == "-I" else host.main())
 """
-SERVICES = "chat:\n  group: gpu\n  port: 8100\n  listen: 8000\n"
+SERVICES = "chat:\n  group: gpu\n  port: 8100\n  listen: 8000\n  gpus_per_instance: 2\n"
 PLACEMENT = ('instance = "chat.0"\nservice = "chat"\nindex = 0\naddress = "127.0.0.1"\nport = 8100\ngpus = []\n'
              'tensor_parallel = 1\n')
 

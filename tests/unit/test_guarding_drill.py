@@ -23,7 +23,7 @@ from opsctl.engines.session import Completed
 from opsctl.errors import LockedError, OpsctlError, RefusedError, UsageError
 from opsctl.fleet.model import Host
 from opsctl.guarding import exercise, looking
-from opsctl.guarding.replay import replay, usable, with_load
+from opsctl.guarding.replay import replay, usable, with_load, with_pool
 from opsctl.guarding.story import Report, Step, Story, report_lines
 from opsctl.lab import laboratory
 from opsctl.lab import state as lab_state
@@ -89,6 +89,13 @@ def test_one_hot_gpu_moves_only_its_own_instance() -> None:
     gpus = [gpu(0, temperature_c=77.0, margin_c=10.0), gpu(1, instance="chat.1", temperature_c=30.0, margin_c=57.0)]
     both = seen(gpus=gpus, instances=[instance(), instance(instance="chat.1")])
     assert reckoned(both, 2.0)[1].deepest == {"chat.0": "least", "chat.1": "normal"}
+
+
+def test_who_else_serves_is_told_where_the_guard_has_not_asked() -> None:
+    unasked = warm({"others": None, "min_serving": 1, "words": "the load balancers have not been asked yet"})
+    assert reckoned(with_pool(unasked, {"chat": 1}), 3.3)[1].deepest == {"chat.0": "stop"}
+    assert reckoned(with_pool(unasked, {"chat": 0}), 3.3)[1].deepest == {"chat.0": "least"}
+    assert with_pool(warm(NONE_SERVES), {"chat": 5}) == warm(NONE_SERVES)  # it has asked: that counts
 
 
 def test_what_a_replay_cannot_use_is_left_out() -> None:

@@ -28,14 +28,16 @@ from opsctl.guarding.rows import (
 FLEET = Fleet(Path("/fleet"), Path("/fleet/inventory.ini"),
               (Host("ops-1", "10.0.0.2", ("gateway", "lb", "monitor")), Host("gpu-1", "10.0.0.11", ("gpu",)),
                Host("gpu-2", "10.0.0.12", ("gpu",))),
-              (Service("chat", "gpu", port=8100, listen=8000),))
+              (Service("chat", "gpu", port=8100, listen=8000, gpus_per_instance=2),))
 GPUS = FLEET.group("gpu")
+ON_CPUS = dataclasses.replace(FLEET, services=(Service("chat", "gpu", port=8100, listen=8000),))
 OPS_GONE = RefusedError("host.unreachable", "ops-1 does not answer")
 GONE = RefusedError("host.unreachable", "gpu-2 does not answer")
 
 
-def test_only_hosts_that_serve_are_asked() -> None:
+def test_only_hosts_with_gpus_are_asked() -> None:
     assert [host.name for host in watched(FLEET, FLEET.hosts)] == ["gpu-1", "gpu-2"]
+    assert [host.name for host in watched(ON_CPUS, FLEET.hosts)] == ["gpu-1", "gpu-2"]  # they serve, at least
     assert [host.name for host in watched(FLEET, FLEET.hosts[:1])] == ["ops-1"]  # it was named: then it is asked
 
 
@@ -104,6 +106,11 @@ def test_an_instance_in_a_row(answer: Any, expected: dict[str, Any]) -> None:
     told = dataclasses.asdict(row)
     assert {key: told[key] for key in expected} == expected
     assert (row.host, row.instance) == ("gpu-1", "chat.0")
+
+
+def test_an_instance_without_gpus_has_no_guard_and_no_row() -> None:
+    assert instance_rows(ON_CPUS, GPUS[:1], {"gpu-1": seen(instances=[])}) == []
+    assert len(instance_rows(ON_CPUS, GPUS[:1], {"gpu-1": seen()})) == 1  # its host says otherwise
 
 
 @pytest.mark.parametrize(("changes", "who"), [

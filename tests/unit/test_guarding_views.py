@@ -13,6 +13,7 @@ from guard_kit import POLICY, gpu, hot, instance, seen, slowed
 from rich.console import Console, RenderableType
 from test_guarding_rows import FLEET, GONE, GPUS, LOST, OPS_GONE
 
+from opsctl.agent.guard.keeper import UNASKED
 from opsctl.agent.guard.model import Policy
 from opsctl.cli import guard_view, top_view
 from opsctl.cli.top import told
@@ -115,9 +116,10 @@ def test_a_host_that_grew_silent_is_told_and_one_that_failed_says_why() -> None:
     (slowed(), ["least at margin -2 °C: weight 1 %, clocks 35 %",
                 "less with margin above 8 °C (memory 6) and not heating for 30 s: weight 70 %"]),
     (slowed(latched=True), ["least at margin -2 °C: weight 1 %, clocks 35 %",
-                            "it stays here or goes down until somebody unlatches it"]),
+                            "no way up to normal before somebody unlatches it"]),
     (slowed(rung=3), ["stop at margin -4 °C for 2 s, if the pool allows it: the engine finishes what it has and stops",
-                      "slowed with margin above 8 °C (memory 6) and not heating for 30 s: weight 30 %, clocks 80 %"]),
+                      "slowed with margin above 8 °C (memory 6) and not heating for 30 s: weight 30 %, clocks 80 % or "
+                      "less"]),
     (slowed(stopped=True), ["starts again: margin above 8 °C (memory 6) and not heating for 30 s"]),
 ])
 def test_what_comes_next(one: dict[str, object], says: list[str]) -> None:
@@ -127,6 +129,8 @@ def test_what_comes_next(one: dict[str, object], says: list[str]) -> None:
 @pytest.mark.parametrize(("pool", "says"), [
     ({"others": 1, "min_serving": 1, "words": ""}, "1 other serves, min_serving 1: it might be stopped"),
     ({"others": 2, "min_serving": 3, "words": ""}, "2 others serve, min_serving 3: it would not be stopped"),
+    ({"others": None, "min_serving": 1, "words": UNASKED},
+     "its load balancers are asked once it is at least; min_serving 1"),
     ({"others": None, "min_serving": 1, "words": "10.0.0.2: refused"},
      "how many others serve is not known, so it would not be stopped (10.0.0.2: refused)"),
 ])
