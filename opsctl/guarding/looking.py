@@ -18,6 +18,7 @@ from opsctl.releases.remote import interpret
 QUICK = ["/opt/opsctl/agent/bin/python3", "-I", "-m", "opsctl.agent.guard_view"]
 TIMEOUT_S = 10.0
 AT_ONCE = 32  # hosts that are asked at the same time; as many logins does a jump host bear
+LEAVE_S = 0.5  # all threads together have so long to end; then the process ends without them
 PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0)  # before a host that did not answer is asked again
 
 Answer = Mapping[str, Any] | OpsctlError
@@ -81,8 +82,9 @@ class Watcher:
         self._ended.set()
         for session in list(self._sessions.values()):
             session.close()
+        until = time.monotonic() + LEAVE_S
         for thread in self._threads:
-            thread.join(0.2)
+            thread.join(max(0.0, until - time.monotonic()))
 
     def heard(self) -> dict[str, Heard]:
         return dict(self._heard)

@@ -14,14 +14,21 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
 import guard_kit
 import pytest
-from session_server import make_key, serving
+from session_server import Server, make_key, serving
+from typer.testing import CliRunner
 
+from opsctl.cli import main
 from opsctl.guarding.looking import QUICK
+from opsctl.lab import laboratory
+from opsctl.lab import state as lab_state
+from opsctl.lab.gpu import faults, trees
+from opsctl.lab.gpu.profiles import Gpus
 from opsctl.releases.remote import HOST_PROGRAM
 
 PROGRAM = """#!{python}
@@ -48,6 +55,7 @@ class Place:
     directory: Path
     root: Path
     login: str
+    server: Server
 
     @property
     def environment(self) -> dict[str, str]:
@@ -115,7 +123,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
         (directory / "port").write_text(str(server.port))
         login = (f"ansible_host=127.0.0.1 ansible_port={{port}} ansible_user=ann "
                  f"ansible_ssh_private_key_file={key}")
-        found = Place(directory, root, login)
+        found = Place(directory, root, login, server)
         (directory / "inventory.ini").write_text(found.inventory())
         (root / "etc/opsctl/instances").mkdir(parents=True)
         (root / "etc/opsctl/instances/chat.0.toml").write_text(PLACEMENT)
@@ -277,3 +285,53 @@ def test_a_drill_without_gpus_is_refused(place: Place) -> None:
     place.says(gpus=[])
     assert place.document("drill", "thermal", "one", code=5)["error"]["code"] == "drill.no_gpus"
     assert place.document("drill", "thermal", "one", "--for", "2d", code=2)["error"]["code"] == "drill.bad_time"
+
+
+@pytest.fixture
+def lab(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The host is a machine of a lab; its guard finds it hot while the cooling is broken. Yields the file of faults."""
+    monkeypatch.setattr(lab_state, "STATE_ROOT", tmp_path / "labs")
+    monkeypatch.setattr(laboratory.silicon, "start", lambda _: None)
+    monkeypatch.setenv("OPSCTL_INVENTORY", str(place.directory / "inventory.ini"))
+    mark = tmp_path / "mark"
+    mark.touch()
+    place.server.programs["/etc/opsctl-lab"] = mark
+    machine = lab_state.Machine("one", "127.0.0.1", ("gpu",), gpus=Gpus("H200", 2))
+    made = lab_state.save(lab_state.Lab("play", 1, "bookworm", IPv4Network("10.9.0.0/24"), place.directory,
+                                        machines=(machine,)))
+    path = trees.faults_path(made.place(machine))
+    path.parent.mkdir(parents=True)
+    ended = threading.Event()
+
+    def nature() -> None:
+        while not ended.wait(0.05):
+            if faults.load(path).cooling:
+                place.says(gpus=[guard_kit.hot()], instances=[guard_kit.slowed()])
+            else:
+                place.says()
+    thread = threading.Thread(target=nature)
+    thread.start()
+    yield path
+    ended.set()
+    thread.join()
+
+
+def test_an_exercise_in_a_lab_breaks_tells_and_mends(place: Place, lab: Path) -> None:
+    said = CliRunner().invoke(main.app, ["drill", "thermal", "one", "--for", "3s", "--factor", "2.5", "-y", "--json"])
+    assert said.exit_code == 0, said.stderr
+    found = json.loads(said.stdout)
+    assert (found["kind"], found["lab"], found["report"]["deepest"]) == ("exercise", "play", {"chat.0": "slowed"})
+    assert 0 < found["report"]["first_s"] < 3
+    assert [step["word"] for step in found["steps"]] == ["slowed", "normal"]
+    assert "EXERCISE by" in said.stderr
+    assert "cooling of all GPUs of one (lab play) 2.5 times worse for 3 s" in said.stderr
+    assert faults.load(lab).cooling == {}
+
+
+def test_an_exercise_asks_first_and_replay_breaks_nothing(place: Place, lab: Path) -> None:
+    asks = CliRunner().invoke(main.app, ["drill", "thermal", "one"])
+    assert asks.exit_code == 2
+    assert not lab.exists()
+    only = CliRunner().invoke(main.app, ["drill", "thermal", "one", "--replay", "--json"])
+    assert (only.exit_code, json.loads(only.stdout)["kind"]) == (0, "replay")
+    assert not lab.exists()
