@@ -119,6 +119,15 @@ def test_orders_are_kept_together(host: Paths) -> None:
     assert host.guard_orders.stat().st_mode & 0o777 == 0o644  # the agent is another user
 
 
+def test_an_order_for_one_instance_leaves_those_for_others(host: Paths) -> None:
+    first = (host.placements / "chat.0.toml").read_text()
+    (host.placements / "chat.1.toml").write_text(first.replace("chat.0", "chat.1").replace("index = 0", "index = 1"))
+    guard_verbs.unlatch(host, "chat.0", "ann", lambda: 10.0)
+    guard_verbs.unlatch(host, "chat.1", "ann", lambda: 20.0)
+    guard_verbs.unlatch(host, "chat.0", "ann", lambda: 30.0)
+    assert guard_view.orders(host)["unlatch"] == {"chat.0": 30.0, "chat.1": 20.0}
+
+
 @pytest.mark.parametrize("text", ["{", '{"mode": "full speed", "unlatch": 3}', '["enforce"]'])
 def test_orders_that_cannot_be_read_are_none_and_the_next_one_mends_them(host: Paths, text: str) -> None:
     host.guard_orders.parent.mkdir(parents=True, exist_ok=True)
