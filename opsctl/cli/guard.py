@@ -44,7 +44,7 @@ def status(inventory: Inventory = None, limit: Limit = "", as_json: AsJson = Fal
             answers = look(fleet, hosts)
         rows, quiet = instance_rows(fleet, hosts, answers), silent(hosts, answers)
         speaker.result({"inventory": str(fleet.inventory), "instances": [row.as_document() for row in rows],
-                        "silent": quiet}, guard_view.instances(rows, quiet))
+                        "silent": quiet}, guard_view.Whole(guard_view.instances(rows, quiet)))
 
 
 @app.command("explain")
@@ -69,7 +69,7 @@ def explain(host: HostName, inventory: InventoryOption = None, as_json: AsJson =
         found = explaining.explain(host, document)
         speaker.result({"host": host, "guard": document,
                         "sections": [{"title": title, "lines": lines} for title, lines in found]},
-                       guard_view.sections(found))
+                       guard_view.Whole(guard_view.sections(found)))
 
 
 @app.command("mode")
@@ -109,7 +109,7 @@ def mode(
             raise next(iter(failed.values()))
         changes = ordering.changes(answers, wanted.value)
         names = [one.host for one in changes if one.changed]
-        speaker.say(guard_view.planned(changes))
+        speaker.say(guard_view.Whole(guard_view.planned(changes)))
         for error in failed.values():
             speaker.say(f"[yellow]{error.message}[/yellow]")
         if names:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from opsctl.cli.status import LEVELS
+
+PIPE_WIDTH = 300
 
 if TYPE_CHECKING:
     from opsctl.guarding.explaining import Section
@@ -53,6 +55,17 @@ def planned(changes: Sequence[Change]) -> Table:
     for one in changes:
         table.add_row(one.host, one.before, one.after, one.effect if one.changed else "as it is")
     return table
+
+
+class Whole:
+    """Off a terminal nothing is folded or cut: whoever reads a pipe wants a row a line."""
+
+    def __init__(self, what: RenderableType) -> None:
+        self._what = what
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wide = options if console.is_terminal else options.update(width=max(options.max_width, PIPE_WIDTH))
+        yield from console.render(self._what, wide)
 
 
 def plain(*columns: str) -> Table:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from opsctl.fleet.model import Fleet, Host
     from opsctl.guarding.looking import Answer, Heard
 
-PIPE_WIDTH = 160  # off a terminal nothing is left out
 LATE_S = 10.0  # a host that said nothing for so long is told
 
 
@@ -43,7 +42,7 @@ def top(
     guard, driver or hardware.
     """
     with speaking("top", as_json=as_json, debug=debug) as speaker:
-        from opsctl.cli import top_view
+        from opsctl.cli import guard_view, top_view
         from opsctl.fleet.inventory import read_fleet
         from opsctl.fleet.select import select_hosts
         from opsctl.fleet.ssh_config import write_ssh_config
@@ -60,9 +59,9 @@ def top(
         with speaker.waiting(f"asking {len(hosts)} hosts"):
             answers = look(fleet, hosts)
         rows, quiet = gpu_rows(hosts, answers, by_margin=by_margin), silent(hosts, answers)
-        width = speaker.out.width if speaker.out.is_terminal else PIPE_WIDTH
+        width = speaker.out.width if speaker.out.is_terminal else guard_view.PIPE_WIDTH
         speaker.result({"inventory": str(fleet.inventory), "gpus": [row.as_document() for row in rows],
-                        "silent": quiet}, top_view.once(rows, quiet, width))
+                        "silent": quiet}, guard_view.Whole(top_view.once(rows, quiet, width)))
 
 
 def _live(speaker: Speaker, fleet: Fleet, hosts: Sequence[Host], every_s: float, *, by_margin: bool) -> None:

@@ -81,6 +81,12 @@ def test_top() -> None:
     check("top", text)
 
 
+def test_in_a_pipe_an_instance_is_a_line_however_long_its_reason() -> None:
+    rows = instance_rows(FLEET, GPUS, {"gpu-1": seen(instances=[slowed(reasons=["hot " * 40])]), "gpu-2": GONE})
+    assert len(drawn(guard_view.Whole(guard_view.instances(rows)), 80).splitlines()) == 3
+    assert len(drawn(guard_view.instances(rows), 80).splitlines()) > 3
+
+
 @pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
 def test_no_line_of_top_is_wider_than_the_terminal(width: int) -> None:
     rows = gpu_rows(GPUS, ANSWERS)
