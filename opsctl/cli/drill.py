@@ -133,11 +133,14 @@ def _exercise(speaker: Speaker, session: Session, host: Host, lab: str, answer: 
     story.see(0.0, answer)
     with _drawn(speaker, host) as hear:
         began = time.monotonic()
-        with exercise.worse_cooling(lab, host.name, gpu, factor) as mend:
-            exercise.watch(session, story, began, lambda now_s: now_s >= for_s, hear)
-            mend()
-            mended_s = time.monotonic() - began
-            speaker.say(f"{mended_s:6.1f} s  the cooling is mended; waiting until all is normal")
+        try:
+            with exercise.worse_cooling(lab, host.name, gpu, factor):
+                exercise.watch(session, story, began, lambda now_s: now_s >= for_s, hear)
+        except KeyboardInterrupt:
+            speaker.say("the cooling is mended")
+            raise
+        mended_s = time.monotonic() - began
+        speaker.say(f"{mended_s:6.1f} s  the cooling is mended; waiting until all is normal")
         end_s = mended_s + exercise.PATIENCE_S
         exercise.watch(session, story, began, lambda now_s: story.normal or now_s >= end_s, hear)
     report = story.report(mended_s)

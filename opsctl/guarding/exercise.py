@@ -75,8 +75,8 @@ def announce(session: Session, by: str, words: str) -> None:
 
 
 @contextmanager
-def worse_cooling(lab: str, host: str, gpu: int | None, factor: float) -> Iterator[Callable[[], None]]:
-    """Inside, cooling is worse until the yielded function mends it; leaving mends it too.
+def worse_cooling(lab: str, host: str, gpu: int | None, factor: float) -> Iterator[None]:
+    """Inside, cooling is worse; leaving mends it.
 
     Its undo is registered before: a process of its own that mends when this one is gone, also by SIGKILL.
 
@@ -93,21 +93,13 @@ def worse_cooling(lab: str, host: str, gpu: int | None, factor: float) -> Iterat
                            hint=f"opsctl lab fault {host} clear --name {lab}")
     faults.cool(before, (), factor)
 
-    mended = False
-
-    def mend() -> None:
-        nonlocal mended
-        if not mended:
-            laboratory.fault(lab, host, gpu, lambda there, gpus: faults.cool(there, gpus, 1.0))
-            mended = True
-
     undo = [sys.executable, "-m", "opsctl", "lab", "fault", host, "cooling", "--factor", "1", "--name", lab]
     with when_gone([*undo, *(["--gpu", str(gpu)] if gpu is not None else [])]):
         try:
             laboratory.fault(lab, host, gpu, lambda there, gpus: faults.cool(there, gpus, factor))
-            yield mend
+            yield
         finally:
-            mend()
+            laboratory.fault(lab, host, gpu, lambda there, gpus: faults.cool(there, gpus, 1.0))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from opsctl.agent.guard.model import WORDS, Rung
-from opsctl.guarding.rows import clock_words, margin, slowed_by, worst
+from opsctl.guarding.rows import margin, slowed_by, worst
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Step:
 
     @property
     def words(self) -> str:
-        """``7.5 s  chat.0  slowed  weight 30 %, at most 80 %, 1584 MHz, margin -1 °C: GPU 0 ...``."""
+        """``7.5 s  chat.0  slowed  weight 30 %, clocks 80 %, margin -1 °C: GPU 0 ...``."""
         left = "" if self.margin_c is None else f", margin {self.margin_c:.0f} °C"
         clocks = f", clocks {self.clocks}" if self.clocks else ""
         return (f"{self.at_s:6.1f} s  {self.instance}  {self.word:<8} weight {self.weight:>3} %{clocks}{left}"
@@ -45,6 +45,7 @@ class Report:
     stopped: tuple[str, ...]
     latched: tuple[str, ...]
     lost: tuple[int, ...]
+    setter: str = ""  # what was wrong with it
 
     def as_document(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,6 +68,7 @@ class Story:
         self._latched: dict[str, None] = {}
         self._lost: dict[int, None] = {}
         self._normal_since_s: float | None = None
+        self._setter = ""
 
     def see(self, at_s: float, answer: Mapping[str, Any]) -> list[Step]:
         """The steps that this document adds."""
@@ -98,12 +100,13 @@ class Story:
             self._first_s, {name: WORDS[Rung(rung)] for name, rung in self._deepest.items()},
             round(self._hardware_s, 2), None if since is None else round(max(0.0, since - mended_s), 1),
             min(self._margins, default=None), max(self._hottest, default=None), tuple(self._stopped),
-            tuple(self._latched), tuple(self._lost))
+            tuple(self._latched), tuple(self._lost), self._setter)
 
     def _measure(self, at_s: float, answer: Mapping[str, Any]) -> None:
         if self._slow and self._last_s is not None:
             self._hardware_s += at_s - self._last_s
         self._last_s = at_s
+        self._setter = answer["setter"] or self._setter
         self._slow = any(slowed_by(gpu) == "hardware" for gpu in answer["gpus"])
         self._lost |= {gpu["index"]: None for gpu in answer["gpus"] if gpu["state"] == "lost"}
         self._margins += [left for gpu in answer["gpus"] if (left := margin(gpu)) is not None]
@@ -117,9 +120,10 @@ class Story:
 
 def _step(at_s: float, one: Mapping[str, Any], answer: Mapping[str, Any]) -> Step:
     gpus = [gpu for gpu in answer["gpus"] if gpu["instance"] == one["instance"]]
+    clocks = "" if one["clock_percent"] is None else f"{one['clock_percent']} %"  # the setter may need a moment yet
     why = one["down"] if one["down"] and not one["reasons"] else next(iter(one["reasons"]), "")
     return Step(round(at_s, 2), one["instance"], one["rung"], WORDS[Rung(one["rung"])], one["weight"],
-                clock_words(one, gpus), margin(worst(gpus) or {}), why)
+                clocks if one["acts"] or not clocks else f"{clocks} only decided", margin(worst(gpus) or {}), why)
 
 
 def report_lines(report: Report, *, for_s: float, real: bool) -> list[str]:
@@ -130,6 +134,8 @@ def report_lines(report: Report, *, for_s: float, real: bool) -> list[str]:
         lines.append(f"least margin {report.least_margin_c:.0f} °C; hottest {report.hottest_c or 0:.0f} °C")
     about = "about " if real else ""
     lines.append(f"in hardware slowdown: {about}{report.hardware_s:.1f} s")
+    if report.setter:
+        lines.append(f"setter: {report.setter}: clocks and stops had no effect")
     if report.stopped:
         lines.append(f"stopped by the guard: {', '.join(report.stopped)}")
     if report.lost:
