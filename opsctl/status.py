@@ -20,6 +20,7 @@ from opsctl.engines.session import Session, on_each
 from opsctl.errors import OpsctlError
 from opsctl.fleet.model import Fleet, Host, Placement
 from opsctl.fleet.placements import gateway, place
+from opsctl.guarding import rows as guarding
 from opsctl.runs.holding import Hold, holds_of
 
 HOST_PROGRAM = "/opt/opsctl/agent/bin/opsctl-host"
@@ -59,12 +60,13 @@ class Seen:
     """What hosts and gateway said at one look.
 
     ``silent`` are services whose ledger did not answer: nothing is known of who is behind there. ``gpus`` are those of
-    hosts that have any (``status_gpus.gpus_of``).
+    hosts that have any (``status_gpus.gpus_of``), ``guards`` what the guard says of hosts that have one.
     """
 
     rows: list[Row]
     silent: tuple[str, ...] = ()
     gpus: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    guards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def look(fleet: Fleet, hosts: Sequence[Host]) -> Seen:
@@ -73,7 +75,9 @@ def look(fleet: Fleet, hosts: Sequence[Host]) -> Seen:
     states = gather(fleet, hosts)
     ledgers = beside.answer(LEDGER_PATIENCE_S) or {}
     return Seen(rows(fleet, hosts, states, ledgers),
-                tuple(one.name for one in fleet.services if one.name not in ledgers), status_gpus.gpus_of(states))
+                tuple(one.name for one in fleet.services if one.name not in ledgers), status_gpus.gpus_of(states),
+                {name: state["guard"] for name, state in states.items()
+                 if not isinstance(state, OpsctlError) and state.get("guard")})
 
 
 def gather(fleet: Fleet, hosts: Sequence[Host], timeout_s: float = 15.0) -> dict[str, Mapping[str, Any] | OpsctlError]:
@@ -165,7 +169,8 @@ def _instance_row(host: Host, placement: Placement, state: Mapping[str, Any], li
         if instance["instance"] == placement.instance:
             row = Row(host.name, host.groups, placement.instance, instance["release"] or "", instance_state(instance),
                       instance["running"], instance["waiting"], _change_words(host, instance), instance.get("weight"))
-            return _with_ledger(_with_drains(row, state.get("drains", ())), instance["digest"], lines)
+            row = _with_ledger(_with_drains(row, state.get("drains", ())), instance["digest"], lines)
+            return _with_guard(row, state.get("guard"))
     return Row(host.name, host.groups, placement.instance, state="not provisioned",
                note="the host does not know this instance yet: opsctl provision")
 
@@ -180,6 +185,14 @@ def _with_drains(row: Row, drains: Sequence[Mapping[str, Any]]) -> Row:
     weight = min(int(drain["weight"]) for drain in mine)
     return replace(row, state="drained" if weight == 0 and row.state == SERVING else row.state, note=note,
                    weight=weight)
+
+
+def _with_guard(row: Row, guard: Mapping[str, Any] | None) -> Row:
+    """What the guard does to an instance, or that nobody knows it, stands in the note."""
+    words = guarding.note(row.instance, guard) if guard else ""
+    if not words:
+        return row
+    return replace(row, note=f"{row.note}; {words}" if row.note else f"{row.host} {row.instance}: {words}")
 
 
 def _with_ledger(row: Row, digest: str, lines: Sequence[Line]) -> Row:
@@ -229,17 +242,17 @@ def instance_state(instance: Mapping[str, Any]) -> str:
     return {"inactive": "stopped", "activating": "starting"}.get(unit, str(unit))
 
 
-def wrong(found: Sequence[Row], silent: Sequence[str] = (), gpus: Mapping[str, Mapping[str, Any]] | None = None
-          ) -> list[dict[str, str]]:
+def wrong(found: Sequence[Row], silent: Sequence[str] = (), gpus: Mapping[str, Mapping[str, Any]] | None = None,
+          guards: Mapping[str, Mapping[str, Any]] | None = None) -> list[dict[str, str]]:
     """What is not as it should be: ``{"host", "instance", "what"}`` for each; nothing when all is well. Pure.
 
-    Only a host that is up, an instance that serves with all its weight, and GPUs that are all there and were just seen
-    are well: what nobody knows is not.
+    Only a host that is up, an instance that serves with all its weight, a guard that has nothing to do, and GPUs that
+    are all there and were just seen are well: what nobody knows is not.
     ``silent`` are services whose ledger did not answer; one of which nothing is shown does not count.
     """
     bad = [{"host": row.host, "instance": row.instance, "what": _wrong_word(row)} for row in found
            if row.state not in AS_IT_SHOULD_BE or (row.weight is not None and row.weight < FULL)]
-    bad += status_gpus.wrong(gpus or {})
+    bad += status_gpus.wrong(gpus or {}) + guarding.wrong(guards or {})
     shown = {row.instance.rpartition(".")[0] for row in found}
     return bad + [{"host": "", "instance": service, "what": "ledger did not answer"} for service in silent
                   if service in shown]

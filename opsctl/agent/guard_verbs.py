@@ -9,21 +9,26 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from opsctl.agent import guard_view
 from opsctl.agent.audit import operator
 from opsctl.agent.drains import boot_clock
 from opsctl.agent.durable import locked, write_atomically
+from opsctl.agent.guard.model import Policy
+from opsctl.agent.guard.policy import read_policy
 from opsctl.agent.paths import Paths
 from opsctl.agent.settings import read_placement
 from opsctl.agent.verbs import AddVerb, Arguments
+from opsctl.errors import ConfigurationError
 
 Clock = Callable[[], float]
 
 
 def register(verb: AddVerb) -> None:
-    verb("guard", _guard, "how the guard stands: GPUs, instances, rungs and why", acts=False)
+    one = verb("guard", _guard, "how the guard stands: GPUs, instances, rungs and why", acts=False)
+    one.add_argument("--policy", action="store_true", help="and the numbers that it goes by")
     one = verb("guard-mode", _mode, "whether the guard may change clocks and stop instances; weights always act")
     one.add_argument("mode", choices=guard_view.MODES, help="auto: observe on the first day, then enforce")
     one.add_argument("--by", default="", help="who wants it; default: whoever calls")
@@ -58,8 +63,17 @@ def _write(paths: Paths, orders: dict[str, Any]) -> None:
     write_atomically(paths.guard_orders, json.dumps(orders) + "\n")
 
 
-def _guard(paths: Paths, _: Arguments) -> dict[str, Any]:
-    return guard_view.answer(paths, boot_clock())
+def _guard(paths: Paths, arguments: Arguments) -> dict[str, Any]:
+    found = guard_view.answer(paths, boot_clock())
+    return {**found, **_policy(paths)} if arguments.policy else found
+
+
+def _policy(paths: Paths) -> dict[str, Any]:
+    """A file that is wrong counts for nothing, and is told."""
+    try:
+        return {"policy": asdict(read_policy(paths.guard_policy)), "policy_words": ""}
+    except ConfigurationError as error:
+        return {"policy": asdict(Policy()), "policy_words": error.message}
 
 
 def _mode(paths: Paths, arguments: Arguments) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from opsctl.cli import (
     doctor,
     drain,
     drift,
+    drill,
     execute,
     gc,
     gpus,
+    guard,
     history,
     hold,
     init,
@@ -30,6 +32,7 @@ from opsctl.cli import (
     stack,
     stage,
     status,
+    top,
     trust,
     undrain,
     update_model,
@@ -67,6 +70,7 @@ app.command("check")(check.check)
 app.command("plan")(plan.plan)
 app.command("provision")(provision.provision)
 app.command("status")(status.status)
+app.command("top")(top.top)
 app.command("verify")(verify.verify)
 app.command("drift")(drift.drift)
 app.add_typer(stack.app, name="stack")
@@ -76,6 +80,8 @@ app.command("rollback")(rollback.rollback)
 app.command("upgrade-driver")(upgrade_driver.upgrade_driver)
 app.command("drain")(drain.drain)
 app.command("undrain")(undrain.undrain)
+app.add_typer(guard.app, name="guard")
+app.add_typer(drill.app, name="drill")
 app.command("history")(history.history)
 app.command("gc")(gc.gc)
 app.command("runs")(runs.runs)

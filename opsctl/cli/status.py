@@ -24,7 +24,8 @@ STYLE = {"serving": "green", "up": "green", "starting": "yellow", "draining": "y
 Watch = Annotated[float, typer.Option("--watch", "-w", help="Redraw every SECONDS until Ctrl-C; 0: print once.",
                                       metavar="SECONDS")]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit 9 unless every host is up, every instance serves what the "
-                                      "ledger says, with all its weight, and every GPU is there and was just seen.")]
+                                      "ledger says, with all its weight and not held back by the guard, and every GPU "
+                                      "is there and was just seen.")]
 Gpus = Annotated[bool, typer.Option("--gpus", help="A line for each GPU, the worst first, and not only the worst of "
                                     "each host.")]
 LEVELS = {"good": "", "warning": "yellow", "bad": "bold red"}
@@ -55,9 +56,10 @@ def status(inventory: Inventory = None, limit: Limit = "", watch: Watch = 0.0, s
             return
         with speaker.waiting(f"asking {len(hosts)} hosts"):
             seen = look(fleet, hosts)
-        bad = wrong(seen.rows, seen.silent, seen.gpus)
+        bad = wrong(seen.rows, seen.silent, seen.gpus, seen.guards)
         document = {"inventory": str(fleet.inventory), "endpoints": endpoints(fleet),
-                    "rows": [row.as_document() for row in seen.rows], "gpus": dict(seen.gpus), "wrong": bad}
+                    "rows": [row.as_document() for row in seen.rows], "gpus": dict(seen.gpus),
+                    "guards": dict(seen.guards), "wrong": bad}
         failing = strict and bool(bad)
         speaker.result(document, render(fleet, seen, each_gpu=gpus), ExitCode.FOUND_WRONG if failing else ExitCode.DONE)
         if failing:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from opsctl.agent.guard.model import Policy
+
+# Numbers of these tests' own: those of the guard are tuned by others.
+POLICY = Policy(
+    less_margin_c=3.0, slowed_margin_c=-1.0, least_margin_c=-2.0, stop_margin_c=-4.0, stop_now_margin_c=-7.0,
+    memory_less_margin_c=4.0, memory_slowed_margin_c=1.0, memory_least_margin_c=-1.0, memory_climb_margin_c=6.0,
+    slowed_time_s=4.0, least_time_s=2.0, climb_margin_c=8.0, climb_dwell_s=30.0, stop_after_s=2.0, less_weight=70,
+    slowed_weight=30, least_weight=1, slowed_clock_percent=80, least_clock_percent=35, flap_descents=4,
+    flap_window_s=1800.0, hold_age_s=5.0, halve_age_s=15.0, least_age_s=45.0)
 WALL = 1_795_384_800.0  # 2026-11-22 22:00:00 UTC
 GPU_0, GPU_1 = "GPU-11111111-1111-1111-1111-111111111111", "GPU-22222222-2222-2222-2222-222222222222"
 
 
-def gpu(index: int = 0, **changes: Any) -> dict[str, Any]:
+def gpu(index: int = 0, /, **changes: Any) -> dict[str, Any]:
     return {"uuid": (GPU_0, GPU_1)[index], "index": index, "model": "NVIDIA H200", "instance": "chat.0", "state": "ok",
             "temperature_c": 61.0, "margin_c": 26.0, "margin_source": "margin_api", "memory_margin_c": 30.0,
             "slope_c_per_s": 0.0, "time_to_slowdown_s": None, "power_w": 412.3, "clock_mhz": 1980,

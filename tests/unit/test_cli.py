@@ -20,6 +20,7 @@ trust
 plan
 provision
 status
+top
 check
 verify
 drift
@@ -31,6 +32,13 @@ rollback
 upgrade-driver
 drain
 undrain
+guard
+guard status
+guard explain
+guard mode
+guard unlatch
+drill
+drill thermal
 history
 gc
 runs

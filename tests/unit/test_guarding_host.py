@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from machines import Machine
 from release_kit import Keys, make_host, make_keys
 
 from opsctl.agent import audit, guard_verbs, guard_view
+from opsctl.agent.drains import boot_clock
 from opsctl.agent.paths import Paths
+from opsctl.agent.state import state
 from opsctl.errors import ConfigurationError
 
 
@@ -115,6 +119,15 @@ def test_orders_are_kept_together(host: Paths) -> None:
     assert host.guard_orders.stat().st_mode & 0o777 == 0o644  # the agent is another user
 
 
+def test_an_order_for_one_instance_leaves_those_for_others(host: Paths) -> None:
+    first = (host.placements / "chat.0.toml").read_text()
+    (host.placements / "chat.1.toml").write_text(first.replace("chat.0", "chat.1").replace("index = 0", "index = 1"))
+    guard_verbs.unlatch(host, "chat.0", "ann", lambda: 10.0)
+    guard_verbs.unlatch(host, "chat.1", "ann", lambda: 20.0)
+    guard_verbs.unlatch(host, "chat.0", "ann", lambda: 30.0)
+    assert guard_view.orders(host)["unlatch"] == {"chat.0": 30.0, "chat.1": 20.0}
+
+
 @pytest.mark.parametrize("text", ["{", '{"mode": "full speed", "unlatch": 3}', '["enforce"]'])
 def test_orders_that_cannot_be_read_are_none_and_the_next_one_mends_them(host: Paths, text: str) -> None:
     host.guard_orders.parent.mkdir(parents=True, exist_ok=True)
@@ -140,3 +153,28 @@ def test_who_ordered_what_is_in_the_journal(host: Paths, monkeypatch: pytest.Mon
     machine.run(["opsctl-host", "guard"])
     assert written == [{"verb": "guard-mode", "mode": "enforce", "by": "ann@desk"},
                        {"verb": "guard-unlatch", "instance": "chat.0", "by": "ann@desk"}]
+
+
+@pytest.mark.parametrize(("text", "less", "words"), [
+    (None, 3.0, ""),
+    ('less_margin_c = "5.5"\n', 5.5, ""),
+    ("less_margin_c = 99\n", 3.0, "less_margin_c"),
+])
+def test_the_numbers_are_told_when_asked(host: Paths, text: str | None, less: float, words: str) -> None:
+    if text:
+        host.guard_policy.write_text(text)
+    found = json.loads(Machine(host, "gpu-1").run(["opsctl-host", "guard", "--policy"]).stdout)
+    assert found["policy"]["less_margin_c"] == less
+    assert words in found["policy_words"]
+    assert "policy" not in json.loads(Machine(host, "gpu-1").run(["opsctl-host", "guard"]).stdout)
+
+
+def test_state_has_the_guard_where_there_is_one(host: Paths) -> None:
+    def inactive(argv: Sequence[str], timeout_s: float = 0) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(argv, 0, "LoadState=loaded\nActiveState=inactive\nSubState=dead\n", "")
+    assert "guard" not in state(host, inactive)
+    write(host.gpus, gpus())
+    assert "guard" not in state(host, inactive)  # GPUs are seen, and no guard ever spoke
+    write(host.guard, guard_kit.document(at_boot_s=boot_clock()))
+    found = state(host, inactive)["guard"]
+    assert (found["mode"], found["words"], found["instances"]) == ("auto", "", [guard_kit.instance()])

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import guard_kit
 import pytest
 
 from opsctl.agent.ledger import Line
@@ -88,6 +89,22 @@ def test_drains_and_the_ledger_show(version: str, unit: str, drains: list[dict[s
     (row,) = rows(FLEET, FLEET.group("gpu"), answers, {"chat": ledger(*lines)})
     assert (row.state, row.note) == expected
     assert row.weight == (min(drain["weight"] for drain in drains) if drains and expected[1] else None)
+
+
+@pytest.mark.parametrize(("guard", "drains", "note"), [
+    (None, [], ""),
+    (guard_kit.seen(), [], ""),
+    (guard_kit.seen(instances=[guard_kit.slowed()]), [],
+     "gpu-1 chat.0: guard: slowed, weight 30 %, clocks 80 % not in force; GPU 0: margin -1 °C, at most -1 °C: slowed"),
+    (guard_kit.seen(instances=[guard_kit.instance(weight=50)]), [ANN],
+     "gpu-1 chat.0: 0 % by operator:ann (new kernel); guard: normal, weight 50 %"),
+    (guard_kit.seen(words="the guard said nothing for 9 s"), [], "gpu-1 chat.0: the guard said nothing for 9 s"),
+])
+def test_what_the_guard_does_stands_in_the_note(guard: dict[str, Any] | None, drains: list[dict[str, Any]], note: str
+                                                ) -> None:
+    answers = {"gpu-1": {**state(instance()), "drains": drains, **({"guard": guard} if guard else {})}}
+    (row,) = rows(FLEET, FLEET.group("gpu"), answers)
+    assert row.note == note
 
 
 @pytest.mark.parametrize(("voice", "drains", "note"), [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import guard_kit
 import pytest
 from typer.testing import CliRunner
 
@@ -38,6 +39,13 @@ def test_an_instance_that_serves_less_than_it_could_is_wrong(weight: int | None,
 @pytest.mark.parametrize(("silent", "expected"), [(["chat"], ["ledger did not answer"]), (["other"], []), ([], [])])
 def test_a_ledger_that_did_not_answer_hides_who_is_behind(silent: list[str], expected: list[str]) -> None:
     assert [one["what"] for one in wrong(GOOD, silent)] == expected
+
+
+def test_what_the_guard_holds_back_is_wrong() -> None:
+    guards = {"gpu-1": guard_kit.seen(instances=[guard_kit.slowed(latched=True)]), "gpu-2": guard_kit.seen()}
+    assert wrong(GOOD, guards=guards) == [
+        {"host": "gpu-1", "instance": "chat.0", "what": "guard: slowed (30 %)"},
+        {"host": "gpu-1", "instance": "chat.0", "what": "guard: latched"}]
 
 
 def test_one_line_says_what() -> None:
@@ -77,3 +85,11 @@ def test_the_document_says_what_is_wrong_with_and_without_it(inventory: Path, mo
         said = CliRunner().invoke(main.app, ["status", str(inventory), "--json", *options])
         assert said.exit_code == exit_code
         assert json.loads(said.stdout)["wrong"] == [{"host": "gpu-2", "instance": "chat.0", "what": "behind"}]
+
+
+def test_a_guard_at_work_is_exit_9_and_in_the_document(inventory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guards = {"gpu-1": guard_kit.seen(instances=[guard_kit.slowed()])}
+    monkeypatch.setattr("opsctl.status.look", lambda _fleet, _hosts: Seen(GOOD, guards=guards))
+    said = CliRunner().invoke(main.app, ["status", str(inventory), "--strict", "--json"])
+    assert said.exit_code == 9
+    assert json.loads(said.stdout)["guards"]["gpu-1"]["instances"][0]["rung"] == 2
