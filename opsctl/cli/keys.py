@@ -9,7 +9,7 @@ import termios
 import time
 import tty
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 @contextmanager
@@ -24,13 +24,22 @@ def reading() -> Iterator[bool]:
         tty.setcbreak(descriptor)
         yield True
     finally:
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+        with suppress(termios.error):  # it may be gone
+            termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
 def wait(seconds: float, *, heard: bool) -> str:
-    """The key that is pressed within ``seconds``; empty when none is. ``heard``: what ``reading`` yielded."""
+    """The key that is pressed within ``seconds``; empty when none is, ``q`` when the terminal is gone.
+
+    ``heard``: what ``reading`` yielded.
+    """
     if not heard:
         time.sleep(seconds)
         return ""
     ready, _, _ = select.select([sys.stdin], [], [], seconds)
-    return os.read(sys.stdin.fileno(), 1).decode("ascii", "replace") if ready else ""
+    if not ready:
+        return ""
+    try:
+        return os.read(sys.stdin.fileno(), 1).decode("ascii", "replace") or "q"
+    except OSError:  # EIO: whoever had the terminal hung up
+        return "q"
