@@ -169,7 +169,7 @@ class Keeper:
         limits: dict[str, Limit] = {}
         guarded = self._guarded()
         for placement in guarded:
-            one = self._watched.setdefault(placement.instance, Watched())
+            one = self._watched.setdefault(placement.instance, Watched(Memory(since_s=now)))
             moved |= self._decide_one(placement, one, now)
             if one.decision is not None and one.decision.acts and one.decision.clock_percent is not None:
                 limits |= {uuid: self._limit(uuid, one.decision.clock_percent)
