@@ -76,6 +76,7 @@ def test_a_gpu_that_never_told_its_uuid_is_left_to_those_who_know_what_is_missin
     ("less_weight = 80", "less_weight", 80),
     ("slowed_margin_c = 90", "slowed_margin_c", 90.0),  # past LESS, at once
     ("slowed_time_s = 0\nleast_time_s = 0", "least_time_s", 0.0),  # never by time
+    ("slowed_weight = 70", "slowed_weight", 70),  # as much as LESS
     ("# nothing\n", "less_margin_c", Policy().less_margin_c),
 ])
 def test_a_file_says_other_numbers_key_by_key(tmp_path: Path, text: str, key: str, value: float) -> None:
@@ -93,12 +94,15 @@ def test_no_file_means_the_guards_own_numbers(tmp_path: Path) -> None:
     ("les_margin_c = 4", ("les_margin_c", "4", "unknown")),
     ("less_margin_c = true", ("less_margin_c", "True", "no number")),
     ('less_margin_c = "warm"', ("less_margin_c", "warm", "no number")),
+    ("less_margin_c = nan", ("less_margin_c", "nan", "no number")),
+    ('less_margin_c = "inf"', ("less_margin_c", "inf", "no number")),
     ('less_weight = "2.5"', ("less_weight", "2.5", "no whole number")),
     ("less_weight = 0", ("less_weight", "0", "between 1 and 100")),
     ("less_weight = 20", ("slowed_weight", "30", "below less_weight = 20")),
     ("less_margin_c = 300", ("less_margin_c", "300", "between -100 and 100")),
     ("stop_now_margin_c = 5", ("stop_now_margin_c", "5", "above stop_margin_c")),
     ("least_time_s = -1", ("least_time_s", "-1", "below 0")),
+    ("least_clock_percent = 80", ("least_clock_percent", "80", "below slowed_clock_percent = 80")),
     ("halve_age_s = 3", ("hold_age_s", "5", "below halve_age_s = 3")),
     ("flap_descents = 1", ("flap_descents", "1", "below 2")),
     ("stop_after_s = -1", ("stop_after_s", "-1", "below 0")),

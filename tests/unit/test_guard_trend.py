@@ -78,6 +78,9 @@ def test_the_time_runs_on_between_readings() -> None:
 
 
 @pytest.mark.parametrize(("points", "now_s", "why"), [
+    ([(0.0, 70), (0.25, 70), (3.0, 85)], 3.0, "a short gap, of a look that hung"),
+    ([(0.0, 70), (1.0, 70), (1.0, 70), (2.0, 70)], 2.0, "the same reading twice"),
+    ([(0.0, 70), (0.25, 70), (0.5, 85)], 0.5, "one wrong reading after a start"),
     ([(0.0, 70), (1.0, 70), (10.0, 85)], 10.0, "a gap: suspended, or a reader that hung"),
     ([(100.0, 70), (101.0, 70), (5.0, 60), (102.0, 70), (103.0, 70)], 103.0, "out of order"),
     ([(0.0, 70), (1.0, 75), (2.0, 80)], 9.0, "old"),
