@@ -24,8 +24,9 @@ from opsctl.agent.drains import boot_clock
 from opsctl.agent.gpu import exporter as exporter_module
 from opsctl.agent.gpu import sample, series, told, web
 from opsctl.agent.gpu.exporter import Exporter
-from opsctl.agent.gpu.metrics import Known, entries, render, values
+from opsctl.agent.gpu.metrics import Known, entries, values
 from opsctl.agent.gpu.nvml import Nvml
+from opsctl.agent.gpu.page import render
 from opsctl.agent.gpu.reader import View
 from opsctl.agent.gpu.verdict import judge
 from opsctl.agent.gpu.xids import Xids, words_of
@@ -36,7 +37,16 @@ from opsctl.agent.supervisor import Voice
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 
-def known(*, xids: Xids | None = None, age_s: float = 0.0, **answers: Any) -> Known:
+GUARD: dict[str, Any] = {
+    "schema": "opsctl.guard/v1", "enforcing": True, "setter": "",
+    "gpus": [{"uuid": f"GPU-{index}", "index": index, "model": "NVIDIA H200", "instance": "chat.0", "state": "ok",
+              "memory_margin_c": 19.0, "slope_c_per_s": 0.75, "time_to_slowdown_s": 24.0, "clock_limit_mhz": limit,
+              "power_limit_set_w": None if limit is None else 500.0} for index, limit in ((0, None), (1, 1590))],
+    "instances": [{"instance": "chat.0", "service": "chat", "rung": 2, "weight": 30, "latched": True, "stopped": False,
+                   "moves_total": {"down": 3, "up": 1}}]}
+
+
+def known(*, xids: Xids | None = None, age_s: float = 0.0, guard: Any = GUARD, **answers: Any) -> Known:
     """Two GPUs, sampled twice, as the agent knows them."""
     nvml = Nvml(Played({"answers": answers}))
     gpus = sample.open_gpus(nvml)
@@ -48,7 +58,7 @@ def known(*, xids: Xids | None = None, age_s: float = 0.0, **answers: Any) -> Kn
                **sample.host_facts(nvml), "gpus": [sample.sample(nvml, gpu) for gpu in gpus]}, now - age_s)
     expected = ["GPU-0", "GPU-1", "GPU-2"]
     return Known("gpu-1", "0.1.0+abcd", view, judge(view, now, True, expected), xids or Xids(), expected,
-                 {"GPU-1": "chat.0"}, now)
+                 {"GPU-1": "chat.0"}, now, guard)
 
 
 def text_of(found: Known, accept: str = "") -> str:
@@ -87,7 +97,9 @@ def test_the_names_are_exactly_those_of_the_table(accept: str, parse: Callable[[
 def test_the_labels_are_those_of_dcgm() -> None:
     labels = dict(next(iter(samples(known())["DCGM_FI_DEV_GPU_TEMP"])))
     assert labels == {"gpu": "0", "UUID": "GPU-0", "pci_bus_id": "00000000:1A:00.0", "device": "nvidia0",
-                      "modelName": "NVIDIA H200", "hostname": "gpu-1"}
+                      "modelName": "NVIDIA H200", "Hostname": "gpu-1", "hostname": "gpu-1"}
+    own = dict(next(iter(samples(known())["opsctl_gpu_lost"])))
+    assert own == {name: value for name, value in labels.items() if name != "Hostname"}
 
 
 def test_the_device_is_called_by_its_index_as_dcgm_does() -> None:
@@ -124,6 +136,34 @@ def test_a_value_of_gpu_1(name: str, labels: dict[str, str], value: float) -> No
     assert one_value(known(), name, gpu="1", **labels) == pytest.approx(value)
 
 
+@pytest.mark.parametrize(("name", "labels", "value"), [
+    ("opsctl_guard_rung", {"service": "chat", "inference_instance": "chat.0", "hostname": "gpu-1"}, 2),
+    ("opsctl_guard_weight_percent", {"inference_instance": "chat.0"}, 30), ("opsctl_guard_latched", {}, 1),
+    ("opsctl_guard_stopped", {}, 0), ("opsctl_guard_moves_total", {"direction": "down"}, 3),
+    ("opsctl_guard_moves_total", {"direction": "up"}, 1), ("opsctl_guard_enforcing", {}, 1),
+    ("opsctl_guard_setter_up", {}, 1), ("opsctl_gpu_time_to_slowdown_seconds", {"gpu": "1"}, 24),
+    ("opsctl_gpu_thermal_slope_celsius_per_second", {"gpu": "0"}, 0.75),
+    ("opsctl_gpu_memory_margin_celsius", {"gpu": "0"}, 19), ("opsctl_guard_clock_limit_mhz", {}, 1590),
+    ("opsctl_guard_power_limit_watts", {}, 500),
+])
+def test_what_the_guard_is_at(name: str, labels: dict[str, str], value: float) -> None:
+    """The two limits are there only for the GPU of which they are set: GPU 0 is throttled by its driver, if at all."""
+    assert one_value(known(), name, **labels) == value
+
+
+def test_a_setter_that_is_away_and_a_guard_that_is_not_there() -> None:
+    assert one_value(known(guard={**GUARD, "setter": "no connection"}), "opsctl_guard_setter_up") == 0
+    assert not [name for name in samples(known(guard=None)) if "guard" in name]
+
+
+def test_what_the_guard_set_is_told_also_while_nobody_sees_the_gpu() -> None:
+    blind = samples(known(age_s=20))
+    (labels,) = blind["opsctl_guard_clock_limit_mhz"]
+    assert dict(labels)["pci_bus_id"] == "00000000:1B:00.0"
+    assert "opsctl_gpu_memory_margin_celsius" not in blind
+    assert "DCGM_FI_DEV_GPU_TEMP" not in blind
+
+
 @pytest.mark.parametrize("margin", [16, 0, -3])
 def test_a_margin_that_is_used_up_is_exported(margin: int) -> None:
     found = known(nvmlDeviceGetMarginTemperature=margin)
@@ -142,7 +182,7 @@ def test_what_a_gpu_does_not_have_is_not_exported() -> None:
 
 def test_an_error_that_came_twice_counts_twice() -> None:
     found = known(xids=two_xids())
-    assert one_value(found, "opsctl_gpu_xid_total", gpu="0", xid="79") == 2
+    assert one_value(found, "opsctl_gpu_xid_total", gpu="0", xid="79", action="RESTART_BM", severity="critical") == 2
     assert one_value(found, "opsctl_gpu_xid_last_timestamp_seconds", gpu="0", xid="79") == 100.5
     assert one_value(found, "DCGM_FI_DEV_XID_ERRORS", gpu="0") == 79
     assert one_value(found, "DCGM_FI_DEV_XID_ERRORS", gpu="1") == 0
@@ -315,7 +355,7 @@ def test_a_scrape(tmp_path: Path) -> None:
         assert headers["Content-Type"].startswith("application/openmetrics-text")
         text = gzip.decompress(body).decode()
         assert text.endswith("# EOF\n")
-        assert 'opsctl_gpus{hostname="gpu-1"} 2.0' in text
+        assert 'opsctl_gpus{hostname="gpu-1"} 2\n' in text
         plain = await one.get("/metrics")
         assert plain[1]["Content-Type"].startswith("text/plain")
         assert "DCGM_FI_DEV_GPU_TEMP" in plain[2].decode()
@@ -333,8 +373,10 @@ def test_a_call_that_hangs_is_told_within_the_bound_and_nobody_is_killed(tmp_pat
         await one.until(lambda: one.exporter.reader.view.call is not None, "the call is told")
         assert (await one.get("/health"))[0] == 200  # it may be slow
         one.skipped_s = 16.0
-        status, _, body = await one.get("/health")
-        assert (status, body[:33]) == (503, b"hung: nvmlDeviceGetPowerUsage of ")
+        for path in ("/readyz", "/health"):
+            status, _, body = await one.get(path)
+            assert (status, body[:33]) == (503, b"hung: nvmlDeviceGetPowerUsage of ")
+        assert (await one.get("/healthz"))[::2] == (200, b"alive\n")  # nobody restarts it for what the driver does
         text = (await one.get("/metrics"))[2].decode()
         assert "DCGM_FI_DEV_GPU_TEMP" not in text
         (age,) = [line for line in text.splitlines() if line.startswith("opsctl_gpu_nvml_call_age_seconds{")]
@@ -367,7 +409,7 @@ def test_a_reader_that_is_killed_is_started_again_and_that_is_said(tmp_path: Pat
         await one.until(lambda: view.pid != pid and view.samples > 1 and view.began is not None, "another reader")
         assert any(f"the GPU reader (process {pid}) ended by signal 9" in words for words in one.said)
         await one.state("ok")
-        assert b'opsctl_gpu_reader_restarts_total{hostname="gpu-1"} 1.0' in (await one.get("/metrics"))[2]
+        assert b'opsctl_gpu_reader_restarts_total{hostname="gpu-1"} 1\n' in (await one.get("/metrics"))[2]
     play(tmp_path, work)
 
 
@@ -377,7 +419,7 @@ def test_errors_of_gpus_come_by_event_and_by_log(tmp_path: Path) -> None:
         one.order(xids=[[1, 79], [1, 79]])
         words = "XID 79 of GPU 1 (GPU-1), told by the driver"
         await one.until(lambda: sum(words in line for line in one.said) == 2, "two errors")
-        assert b'xid="79"} 2.0' in (await one.get("/metrics"))[2]
+        assert b'xid="79",action="RESTART_BM",severity="critical"} 2\n' in (await one.get("/metrics"))[2]
     play(tmp_path, work)
 
 
@@ -405,7 +447,7 @@ def test_a_host_without_gpus_has_no_reader(tmp_path: Path) -> None:
         assert one.exporter.reader.view.pid == 0
         assert (await one.get("/health"))[::2] == (200, b"none: this host has no GPUs\n")
         text = (await one.get("/metrics"))[2].decode()
-        assert 'opsctl_agent_info{hostname="gpu-1",version="0.1.0"} 1.0' in text
+        assert 'opsctl_agent_info{hostname="gpu-1",version="0.1.0"} 1\n' in text
         assert "sample_age" not in text
         assert not one.paths.gpus.exists()
     play(tmp_path, work, gpus=())
@@ -457,15 +499,15 @@ def test_who_computes_on_a_gpu(tmp_path: Path) -> None:
     assert told.users([1, 2, 3, 4], tmp_path) == ["chat.0", "python3"]
 
 
-def test_without_prometheus_client_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+def test_a_page_that_cannot_be_made_stops_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporter_module, "values", lambda _: 1 / 0)
 
     async def work(one: Running) -> None:
         await one.state("ok")
         for _ in range(2):
             assert (await one.get("/metrics"))[0] == 500
-        assert sum("no metrics" in words for words in one.said) == 1
-        assert (await one.get("/health"))[0] == 200
+        assert sum("no metrics: ZeroDivisionError" in words for words in one.said) == 1
+        assert (await one.get("/readyz"))[0] == 200
     play(tmp_path, work)
 
 

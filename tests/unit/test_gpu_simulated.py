@@ -20,8 +20,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from opsctl.agent.drains import boot_clock
 from opsctl.agent.gpu import sample
-from opsctl.agent.gpu.metrics import Known, render, values
+from opsctl.agent.gpu.metrics import Known, values
 from opsctl.agent.gpu.nvml import Nvml
+from opsctl.agent.gpu.page import render
 from opsctl.agent.gpu.reader import View
 from opsctl.agent.gpu.verdict import judge
 from opsctl.agent.gpu.xids import Xids

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from opsctl.agent.gpu import kernel_log
 from opsctl.agent.gpu.kernel_log import Entry, entry_of, follow, journal_entry, kmsg_entry
-from opsctl.agent.gpu.xids import Xids
+from opsctl.agent.gpu.xids import WORDS, Xids, grade_of
 
 PCI = "00000000:1A:00.0"
 LINE = "NVRM: Xid (PCI:0000:1a:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus."
@@ -149,3 +150,23 @@ def test_the_journal_is_read_where_the_kernels_log_may_not_be(tmp_path: Path, mo
         asyncio.run(asyncio.wait_for(listen(), 0.5))
     assert found == [Entry(PCI, 79, 1700000000.5)] * len(found)
     assert len(found) == 1  # it was started many times
+
+
+def test_every_row_of_the_catalogue_is_whole() -> None:
+    rows = [line.split("\t") for line in WORDS.read_text().splitlines() if not line.startswith("#")]
+    numbers = [int(row[0]) for row in rows]
+    assert numbers == sorted(set(numbers))
+    for _, words, action, severity, source in rows:
+        assert words
+        assert re.fullmatch("-|[A-Z][A-Z0-9_]+", action)
+        assert severity in ("info", "warning", "critical")
+        assert source.startswith("docs.nvidia.com/")
+
+
+@pytest.mark.parametrize(("xid", "action", "severity"), [
+    (13, "RESTART_APP", "warning"), (43, "IGNORE", "info"), (48, "WORKFLOW_XID_48", "critical"),
+    (63, "IGNORE", "info"), (64, "RESET_GPU", "critical"), (74, "WORKFLOW_NVLINK_ERR", "critical"),
+    (79, "RESTART_BM", "critical"), (94, "RESTART_APP", "warning"), (95, "RESET_GPU", "critical"),
+    (119, "RESET_GPU", "critical"), (167, "CONTACT_SUPPORT", "warning"), (9999, "CONTACT_SUPPORT", "warning")])
+def test_what_to_do_about_it(xid: int, action: str, severity: str) -> None:
+    assert (grade_of(xid).action, grade_of(xid).severity) == (action, severity)

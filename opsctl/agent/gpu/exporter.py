@@ -14,10 +14,11 @@ from typing import Any
 
 from opsctl.agent.drains import boot_clock
 from opsctl.agent.gpu import kernel_log, told
-from opsctl.agent.gpu.metrics import Known, render, values
+from opsctl.agent.gpu.metrics import Known, values
+from opsctl.agent.gpu.page import render
 from opsctl.agent.gpu.reader import TICK_S, Reader
 from opsctl.agent.gpu.verdict import INCOMPLETE_STATES, Verdict, judge
-from opsctl.agent.gpu.web import Answer, Request, Web
+from opsctl.agent.gpu.web import PAGES, Answer, Request, Web
 from opsctl.agent.gpu.xids import Xids
 from opsctl.agent.paths import Paths
 from opsctl.agent.settings import Settings, read_placements
@@ -112,13 +113,15 @@ class Exporter:
                 await server.serve_forever()
 
     async def answer(self, request: Request) -> Answer:
-        """``/metrics`` and ``/health``."""
-        if request.path == "/health":
+        """``/metrics``, ``/healthz`` (alive), ``/readyz`` (what is exported can be believed)."""
+        if request.path == "/healthz":
+            return Answer(200, b"alive\n")
+        if request.path in ("/readyz", "/health"):  # the second is its older name
             verdict = self.verdict()
             return Answer(200 if verdict.healthy else 503, f"{verdict.state}: {verdict.words}".rstrip(": ").encode()
                           + b"\n")
         if request.path != "/metrics":
-            return Answer(404, b"GET /metrics or /health\n")
+            return Answer(404, PAGES)
         try:
             status, headers, body = await asyncio.get_running_loop().run_in_executor(
                 self._pool, render, list(values(self.known())), request.query, request.headers)

@@ -1,24 +1,19 @@
-"""Turns what is known into the families that ``series.py`` lists, and those into a page for Prometheus.
-
-prometheus_client is loaded at the first scrape; without it the page says so, and nothing else of the agent minds.
-"""
+"""Turns what is known into the families that ``series.py`` lists; ``page.py`` writes them down. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opsctl.agent.gpu import reasons
+from opsctl.agent.gpu.page import Value, label, label_text
 from opsctl.agent.gpu.reader import View
-from opsctl.agent.gpu.series import GPU, GPU_LABELS, HOST, HOST_LABEL, MIG, MIG_LABELS, Series
+from opsctl.agent.gpu.series import GPU, GPU_LABELS, GUARD, HOST, MIG, MIG_LABELS, Series
 from opsctl.agent.gpu.verdict import Verdict, unseen_uuids
-from opsctl.agent.gpu.xids import Xids, words_of
+from opsctl.agent.gpu.xids import Xids, grade_of, words_of
 
-if TYPE_CHECKING:
-    from prometheus_client import Metric
-
-Value = tuple[dict[str, str], float]
+Entry = tuple[dict[str, str], float]  # labels that tell the values of one series of one GPU apart
 
 
 @dataclass(frozen=True)
@@ -37,22 +32,29 @@ class Known:
 
 
 def values(known: Known) -> Iterator[tuple[Series, list[Value]]]:
-    """Every series that has a value now, in the table's order, with its labels. Pure."""
+    """Every series that has a value now, in the table's order, with its labels."""
     gpus = [enriched(known, gpu) for gpu in told_gpus(known)]
+    of_gpu = [(gpu, label_text(labels_of(gpu))) for gpu in gpus]
+    of_part = [(part, f"{labels},{label_text(part_labels(part))}")
+               for gpu, labels in of_gpu for part in gpu.get("mig", ())]
+    whole = [(gpu, labels) for gpu, labels in of_gpu if not gpu.get("mig")]
     for one in GPU:
-        found = [({**labels_of(gpu), **more}, value) for gpu in gpus for more, value in entries(one, gpu)]
-        if one in MIG:  # of a GPU that is cut its parts alone, as DCGM has it: who adds up counts nothing twice
-            found = [({**labels_of(gpu), **more}, value)
-                     for gpu in gpus if not gpu.get("mig") for more, value in entries(one, gpu)]
-            found += [({**labels_of(gpu), **part_labels(part)}, value)
-                      for gpu in gpus for part in gpu.get("mig", ()) for _, value in entries(one, part)]
-        if found:
-            yield one, [({**labels, HOST_LABEL: known.host}, value) for labels, value in found]
-    host = host_numbers(known)
-    for one in HOST:
-        found = entries(one, host)
-        if found:
-            yield one, [({**labels, HOST_LABEL: known.host}, value) for labels, value in found]
+        # of a GPU that is cut its parts alone, as DCGM has it: who adds up counts nothing twice
+        yield from _family(one, [*whole, *of_part] if one in MIG else of_gpu, known.host)
+    for several, numbers in ((GUARD, guard_numbers(known)), (HOST, host_numbers(known))):
+        for one in several:
+            yield from _family(one, [(numbers, "")], known.host)
+
+
+def _family(one: Series, things: Sequence[tuple[Mapping[str, Any], str]], host: str
+            ) -> Iterator[tuple[Series, list[Value]]]:
+    host_text = ",".join(label(name, host) for name in one.host_labels)
+    found = []
+    for thing, labels in things:
+        before = f"{labels},{host_text}" if labels else host_text
+        found += [(f"{before},{label_text(more)}" if more else before, value) for more, value in entries(one, thing)]
+    if found:
+        yield one, found
 
 
 def told_gpus(known: Known) -> list[dict[str, Any]]:
@@ -64,6 +66,12 @@ def told_gpus(known: Known) -> list[dict[str, Any]]:
         of_old = known.view.gpus.get(pci, {})
         found.append({key: of_old[key] for key in ("index", "uuid", "name") if key in of_old} | {
             "pci": pci, "state": "gone"})
+    there = {gpu.get("uuid") for gpu in found}
+    for gpu in (known.guard or {}).get("gpus", ()):  # what we set stays set while nothing is read
+        if gpu["uuid"] not in there and (gpu["clock_limit_mhz"] or gpu["power_limit_set_w"]):
+            of_old = {one.get("uuid", ""): one["pci"] for one in known.view.gpus.values()}
+            found.append({"index": gpu["index"], "uuid": gpu["uuid"], "name": gpu["model"],
+                          "pci": of_old.get(gpu["uuid"], ""), "state": "gone"})
     return found
 
 
@@ -71,11 +79,15 @@ def enriched(known: Known, gpu: Mapping[str, Any]) -> dict[str, Any]:
     """A sample with what does not come from NVML."""
     pci = gpu.get("pci", "")
     errors = known.xids.of(pci)
-    more: dict[str, Any] = {"xid_counts": {xid: one.count for xid, one in errors.items()},
-                            "xid_times": {xid: one.at for xid, one in errors.items()}}
+    more: dict[str, Any] = {"xid_counts": [(_xid_labels(xid), one.count) for xid, one in errors.items()],
+                            "xid_times": [(_xid_labels(xid), one.at) for xid, one in errors.items()]}
+    of_guard = {one["uuid"]: one for one in (known.guard or {}).get("gpus", ())}.get(gpu.get("uuid", ""), {})
+    # of a GPU that nobody sees only what was set is true
+    more["guard"] = {key: value for key, value in of_guard.items()
+                     if gpu["state"] == "ok" or key in ("clock_limit_mhz", "power_limit_set_w")}
     if gpu["state"] != "gone":
         last = known.xids.last(pci)
-        more |= {"xid_last": ({"err_code": str(last), "err_msg": words_of(last)}, last),
+        more |= {"xid_last": [({"err_code": str(last), "err_msg": words_of(last)}, last)],
                  "lost": int(gpu["state"] != "ok")}
     if gpu["state"] == "ok":
         more["info"] = {"driver_version": (known.view.sample or {}).get("driver", ""),
@@ -106,15 +118,37 @@ def host_numbers(known: Known) -> dict[str, Any]:
     return numbers
 
 
-def entries(one: Series, gpu: Mapping[str, Any]) -> list[Value]:
-    """The values of one series in a sample, with the label that tells them apart; none when it is not there."""
+def guard_numbers(known: Known) -> dict[str, Any]:
+    """The guard's own values and those of its instances, by the keys of the table; {} where there is no guard."""
+    told = known.guard
+    if told is None:
+        return {}
+    named = [({"service": one["service"], "inference_instance": one["instance"]}, one) for one in told["instances"]]
+    return {
+        "enforcing": int(told["enforcing"]), "setter_up": int(not told["setter"]),
+        "rungs": [(labels, one["rung"]) for labels, one in named],
+        "weights": [(labels, one["weight"]) for labels, one in named],
+        "latched": [(labels, int(one["latched"])) for labels, one in named],
+        "stopped": [(labels, int(one["stopped"])) for labels, one in named],
+        "moves": [({**labels, "direction": direction}, count)
+                  for labels, one in named for direction, count in sorted(one["moves_total"].items())],
+    }
+
+
+def _xid_labels(xid: int) -> dict[str, str]:
+    grade = grade_of(xid)
+    return {"xid": str(xid), "action": grade.action, "severity": grade.severity}
+
+
+def entries(one: Series, gpu: Mapping[str, Any]) -> list[Entry]:
+    """The values of one series in a sample, with the labels that tell them apart; none when it is not there."""
     value: Any = gpu
-    for part in one.key.split("."):
+    for part in one.path:
         value = value.get(part) if isinstance(value, Mapping) else None
     if value is None:
         return []
-    if isinstance(value, tuple):  # with labels of its own
-        return [(value[0], float(value[1]))]
+    if isinstance(value, list):  # with labels of their own
+        return [(labels, float(number)) for labels, number in value]
     if not isinstance(value, Mapping):
         return [({}, float(value))]
     if not one.label:  # a table of labels: an info series
@@ -132,45 +166,3 @@ def labels_of(gpu: Mapping[str, Any]) -> dict[str, str]:
 def part_labels(part: Mapping[str, Any]) -> dict[str, str]:
     """What tells the parts of a GPU apart that was cut by MIG."""
     return dict(zip(MIG_LABELS, (str(part["profile"]), str(part["id"])), strict=True))
-
-
-class Found:
-    """What prometheus_client asks at a scrape: values that were gathered before, in the agent's own loop."""
-
-    def __init__(self, found: Sequence[tuple[Series, list[Value]]]) -> None:
-        self._found = found
-
-    def describe(self) -> list[Metric]:
-        """Asked at registration."""
-        return []
-
-    def collect(self) -> Iterator[Metric]:
-        from prometheus_client import Metric  # noqa: PLC0415 - the agent works without it
-
-        for one, several in self._found:
-            family = Metric(one.name, f"{one.help}{f' [{one.unit}]' if one.unit else ''}", one.kind)
-            for labels, value in several:
-                family.add_sample(one.name + ("_total" if one.kind == "counter" else ""), labels, value)
-            yield family
-
-
-def render(found: Sequence[tuple[Series, list[Value]]], query: str, headers: Mapping[str, str]
-           ) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of a page, as prometheus_client itself negotiates format and compression.
-
-    Raises:
-        ImportError: there is no prometheus_client.
-    """
-    from prometheus_client import CollectorRegistry, make_wsgi_app  # noqa: PLC0415 - the agent works without it
-
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(Found(found))
-    said: dict[str, Any] = {}
-
-    def start_response(status: str, with_headers: list[tuple[str, str]]) -> None:
-        said.update(status=int(status.split(maxsplit=1)[0]), headers=dict(with_headers))
-
-    environment = {"REQUEST_METHOD": "GET", "PATH_INFO": "/metrics", "QUERY_STRING": query,
-                   "HTTP_ACCEPT": headers.get("accept", ""), "HTTP_ACCEPT_ENCODING": headers.get("accept-encoding", "")}
-    body = b"".join(make_wsgi_app(registry)(environment, start_response))
-    return said["status"], said["headers"], body

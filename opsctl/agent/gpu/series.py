@@ -1,8 +1,9 @@
 """Every series that the exporter gives, in one table: to rename one, as DCGM 4.6 does with its own, edit it here.
 
-A GPU's series has the labels gpu, UUID, pci_bus_id, device, modelName and hostname, a host's hostname alone. ``key``
-is where the value lies in a sample (``sample.py``) or among the host's numbers (``metrics.py``); where it leads to a
-table, each entry becomes one series with that ``label``. What is not there is not exported. The names of DCGM are those
+A GPU's series has the labels gpu, UUID, pci_bus_id, device, modelName and the host's name (``HOST_LABELS``), a host's
+the last alone. ``key`` is where the value lies in a sample (``sample.py``) or among the host's numbers
+(``metrics.py``); where it leads to a table, each entry becomes one series with that ``label``. What is not there is not
+exported. The names of DCGM are those
 that dashboards know (default-counters.csv of dcgm-exporter); its counters lack ``_total``, which OpenMetrics would add,
 so they go out without a type.
 """
@@ -10,11 +11,14 @@ so they go out without a type.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 GPU_LABELS = ("gpu", "UUID", "pci_bus_id", "device", "modelName")
 MIG_LABELS = ("GPU_I_PROFILE", "GPU_I_ID")
-HOST_LABEL = "hostname"
+# The host's name, by the beginning of a series' name. dcgm-exporter wrote Hostname until 2026-05 and hostname since
+# (its pull request 655): DCGM's names have both, so that dashboards of either age find what they look for.
+HOST_LABELS = (("DCGM_", ("Hostname", "hostname")), ("opsctl_", ("hostname",)))
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,14 @@ class Series:
     source: str
     help: str
     label: str = ""
+
+    @cached_property
+    def path(self) -> tuple[str, ...]:
+        return tuple(self.key.split("."))
+
+    @cached_property
+    def host_labels(self) -> tuple[str, ...]:
+        return next(labels for begin, labels in HOST_LABELS if self.name.startswith(begin))
 
 
 def _gpu(*rows: tuple[str, Literal["gauge", "counter", "unknown"], str, str, str, str]) -> tuple[Series, ...]:
@@ -115,9 +127,19 @@ OWN = (
     Series("opsctl_gpu_lost", "gauge", "", "lost", "GPU_IS_LOST, RESET_REQUIRED, errors alone",
            "1: the GPU answers no more"),
     Series("opsctl_gpu_xid", "counter", "", "xid_counts", "events, kernel log",
-           "Critical errors since the agent began, and those that the kernel's log still had", "xid"),
+           "Critical errors since the agent began, and those that the kernel's log still had; action is NVIDIA's"),
     Series("opsctl_gpu_xid_last_timestamp_seconds", "gauge", "s", "xid_times", "events, kernel log",
-           "When this error was last seen, since 1970", "xid"),
+           "When this error was last seen, since 1970"),
+    Series("opsctl_gpu_time_to_slowdown_seconds", "gauge", "s", "guard.time_to_slowdown_s", "the guard",
+           "Until the hardware slows the GPU down, if it goes on getting hotter as now; absent when it does not"),
+    Series("opsctl_gpu_thermal_slope_celsius_per_second", "gauge", "C/s", "guard.slope_c_per_s", "the guard",
+           "How fast the margin goes; more than 0: it gets hotter"),
+    Series("opsctl_gpu_memory_margin_celsius", "gauge", "C", "guard.memory_margin_c", "the guard",
+           "Degrees until the memory is at its own limit"),
+    Series("opsctl_guard_clock_limit_mhz", "gauge", "MHz", "guard.clock_limit_mhz", "the guard",
+           "The highest clock that the guard allows now; absent when it leaves the clocks alone"),
+    Series("opsctl_guard_power_limit_watts", "gauge", "W", "guard.power_limit_set_w", "the guard",
+           "The power limit that the guard set; absent when it did not"),
     Series("opsctl_gpu_info", "gauge", "", "info", "versions and numbers", "1; the labels say it"),
     Series("opsctl_gpu_instance_info", "gauge", "", "instance", "/etc/opsctl/instances",
            "1; the instance that this GPU is placed to"),
@@ -140,10 +162,25 @@ HOST = (
     Series("opsctl_agent_info", "gauge", "", "version", "the agent's wheel", "1; its version", "version"),
 )
 
+# Of the guard's document (guard/told.py); instances have the labels service and inference_instance.
+GUARD = (
+    Series("opsctl_guard_rung", "gauge", "", "rungs", "the guard",
+           "0 normal, 1 less weight, 2 slowed, 3 least, 4 orderly stop, 5 stop now"),
+    Series("opsctl_guard_weight_percent", "gauge", "%", "weights", "the guard",
+           "The weight that the guard gives the instance"),
+    Series("opsctl_guard_latched", "gauge", "", "latched", "the guard",
+           "1: it flapped, and stays where it is until a person lifts the latch"),
+    Series("opsctl_guard_stopped", "gauge", "", "stopped", "the guard", "1: the guard stopped the instance's unit"),
+    Series("opsctl_guard_moves", "counter", "", "moves", "the guard", "Rungs taken, by direction"),
+    Series("opsctl_guard_enforcing", "gauge", "", "enforcing", "the guard",
+           "1: it sets clocks and stops units; 0: it only says what it would do"),
+    Series("opsctl_guard_setter_up", "gauge", "", "setter_up", "the guard",
+           "1: the part that sets clocks and stops units answers"),
+)
 GPU = (*DCGM, *OWN)
 MIG = tuple(one for one in DCGM if one.key.startswith("memory_") and one.unit == "MiB")
 
 
 def names() -> set[str]:
     """As they stand in a scrape."""
-    return {one.name + ("_total" if one.kind == "counter" else "") for one in (*GPU, *HOST)}
+    return {one.name + ("_total" if one.kind == "counter" else "") for one in (*GPU, *GUARD, *HOST)}

@@ -14,6 +14,7 @@ CONNECTIONS = 16
 REQUEST_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 10.0
 REQUEST_LIMIT = 16_384  # bytes
+PAGES = b"GET /metrics, /healthz or /readyz\n"
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Web:
             return Answer(HTTPStatus.BAD_REQUEST, b"no HTTP request\n")
         request = parse(text)
         if isinstance(request, int):
-            return Answer(request, b"GET /metrics or /health\n")
+            return Answer(request, PAGES)
         return await asyncio.wait_for(self._answer(request), ANSWER_TIMEOUT_S)
 
 

@@ -66,12 +66,28 @@ class Xids:
         return [{"xid": xid, "count": one.count, "at": one.at} for xid, one in found]
 
 
+@dataclass(frozen=True)
+class Grade:
+    """What is known of an XID: NVIDIA's words and immediate action, and how grave it is to us."""
+
+    words: str = UNKNOWN
+    action: str = "CONTACT_SUPPORT"  # NVIDIA's word for what no row says
+    severity: str = "warning"
+
+
 def words_of(xid: int) -> str:
     """``GPU has fallen off the bus`` for 79; 0 is none."""
-    return _words().get(xid, UNKNOWN)
+    return grade_of(xid).words
+
+
+def grade_of(xid: int) -> Grade:
+    """Of one that nobody knows: never dropped, a warning."""
+    return _grades().get(xid, Grade())
 
 
 @cache
-def _words() -> dict[int, str]:
+def _grades() -> dict[int, Grade]:
     rows = [line.split("\t") for line in WORDS.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    return {int(xid): words for xid, words, _ in rows}
+    names = ("words", "action", "severity")
+    return {int(xid): Grade(**{name: value for name, value in zip(names, (words, action, severity), strict=True)
+                               if value != "-"}) for xid, words, action, severity, _ in rows}
