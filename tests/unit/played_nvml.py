@@ -31,8 +31,8 @@ H200: dict[str, Any] = {
     "nvmlDeviceGetDecoderUtilization": (0, 167_000), "nvmlDeviceGetRemappedRows": (0, 0, 0, 0),
     "nvmlDeviceGetMemoryInfo": {"total": 143_771 * MIB, "reserved": 600 * MIB, "used": 120_000 * MIB,
                                 "free": 23_171 * MIB},
-    "fields": {3: 0, 4: 0, 5: 2, 6: 0, 74: 5, 75: 0, 76: 0, 77: 0, 78: 0, 79: 0, 82: 76, 193: -8, 194: -2, 195: 0,
-               196: 0, 230: 0, 269: 7, 270: 0, 271: 0},
+    "fields": {3: 0, 4: 0, 5: 2, 6: 0, 74: 5, 75: 0, 76: 0, 77: 0, 78: 0, 79: 0, 82: 76, 138: 1000, 139: 234, 193: -8, 194: -2,
+               195: 0, 196: 0, 230: 0, 269: 7, 270: 0, 271: 0},
     "gpm": {1: 91.0, 2: 80.0, 3: 30.0, 5: 55.0, 10: 44.0, 11: 0.0, 12: 3.0, 13: 1.0, 20: 2.0, 21: 4.0,
             60: 8.0, 61: 8.0},
 }
@@ -109,7 +109,8 @@ class Played:
         if name == "nvmlDeviceGetComputeRunningProcesses_v3":
             return [SimpleNamespace(pid=pid) for pid in known.get("pids", (4711,))]
         if name == "nvmlDeviceGetFieldValues":
-            return [field(number, known["fields"]) for number in arguments[1]]
+            return [field(number[0] if isinstance(number, tuple) else number, known["fields"])
+                    for number in arguments[1]]
         if name == "nvmlEventSetWait_v2":
             return self._event()
         if name in ("nvmlGpmQueryDeviceSupport", "nvmlGpmSampleAlloc", "nvmlGpmSampleGet", "nvmlEventSetCreate"):

@@ -85,7 +85,7 @@ def gone(state: str, words: str = "") -> View:
     (view(gpus=({**GPU, "uuid": "GPU-9", "mig": [{"uuid": "GPU-0"}]},)), True, "ok", "", True),
 ])
 def test_what_the_agent_makes_of_it(found: View, wanted: bool, state: str, words: str, healthy: bool) -> None:
-    verdict = judge(found, NOW, wanted, ["GPU-0"], "580.126.09")
+    verdict = judge(found, NOW, wanted, ["GPU-0"], lambda: "580.126.09")
     assert (verdict.state, verdict.healthy) == (state, healthy)
     assert words in verdict.words
 

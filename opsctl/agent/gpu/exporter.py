@@ -24,6 +24,8 @@ from opsctl.agent.paths import Paths
 from opsctl.agent.settings import Settings, read_placements
 from opsctl.errors import OpsctlError
 
+WRITE_S = 0.9  # the file is not written again within, unless it says something else
+LATE_S = 1.5  # nor is a sample waited for any longer
 LOOK_S = 10.0  # at placements and device nodes
 LISTEN_AGAIN_S = 10.0
 
@@ -40,12 +42,14 @@ class Exporter:
         self._paths, self._settings, self._version, self._say, self._clock = paths, settings, version, say, clock
         self._xids = Xids()
         self.reader = Reader(paths.gpu_reader_lock, say, lambda pci, xid, at: self._seen("event", pci, xid, at),
-                             clock=clock, on_sample=on_sample)
+                             clock=clock, on_sample=self._sampled)
+        self._on_sample = on_sample
         self._guard = guard
         self._owners: dict[str, str] = {}
         self._expected: tuple[str, ...] = settings.gpus
         self._nodes = False
-        self._looked = -math.inf
+        self._looked = self._written = -math.inf
+        self._written_state = ""
         self._broken = ""
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="scrape")  # one page at a time, beside the loop
 
@@ -55,7 +59,8 @@ class Exporter:
         return self._nodes or bool(self._expected)
 
     def verdict(self) -> Verdict:
-        return judge(self.reader.view, self._clock(), self.wanted, self._expected, told.loaded_driver(self._paths.root))
+        return judge(self.reader.view, self._clock(), self.wanted, self._expected,
+                     lambda: told.loaded_driver(self._paths.root))
 
     def known(self) -> Known:
         return Known(self._settings.host, self._version, self.reader.view, self.verdict(), self._xids, self._expected,
@@ -81,7 +86,7 @@ class Exporter:
                 view = self.reader.view
                 incomplete = view.fresh(self._clock()) and self.verdict().state in INCOMPLETE_STATES
                 self.reader.tick(self.wanted, incomplete)
-                if self.wanted or written:
+                if (self.wanted or written) and self._due(LATE_S):
                     written = self._write()
                 await asyncio.sleep(TICK_S)
         finally:
@@ -132,6 +137,19 @@ class Exporter:
             self._broken = words
             return Answer(500, words.encode() + b"\n")
         return Answer(status, body, headers)
+
+    def _sampled(self) -> None:
+        self._on_sample()
+        if self._due(WRITE_S):
+            self._write()
+
+    def _due(self, age_s: float) -> bool:
+        """Whether the file is that old, or says something else than is so."""
+        now, state = self._clock(), self.verdict().state
+        if now - self._written < age_s and state == self._written_state:
+            return False
+        self._written, self._written_state = now, state
+        return True
 
     def _write(self) -> bool:
         known = self.known()

@@ -25,6 +25,7 @@ class Gpm:
         self._handle = handle
         self._samples = samples  # the newest last
         self._taken = 0
+        self._order: Any = None  # what is asked stays the same, and it is large
         self._refused = False
 
     @classmethod
@@ -47,11 +48,13 @@ class Gpm:
         self._taken += 1
         if self._taken < 2:
             return None
-        order = nvml.library.c_nvmlGpmMetricsGet_t()
+        if self._order is None:
+            self._order = nvml.library.c_nvmlGpmMetricsGet_t()
+            for place, (_, number, _) in enumerate(METRICS):
+                self._order.metrics[place].metricId = number
+        order = self._order
         order.version, order.numMetrics = nvml.library.NVML_GPM_METRICS_GET_VERSION, len(METRICS)
         order.sample1, order.sample2 = self._samples
-        for place, (_, number, _) in enumerate(METRICS):
-            order.metrics[place].metricId = number
         answer = nvml.ask(self._index, ("nvmlGpmMetricsGet", order))
         if answer is None:
             return None

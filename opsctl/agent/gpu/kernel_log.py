@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import re
+import select
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -23,8 +24,8 @@ RECORD = re.compile(r"^\d+,\d+,(?P<us>\d+),[^;]*;(?P<text>.*)")
 JOURNAL = ("journalctl", "--boot", "--follow", "--no-tail", "--output=json", "--no-pager", "--quiet",
            "--output-fields=MESSAGE", "--grep=NVRM: Xid",
            "_TRANSPORT=kernel", "+", "SYSLOG_IDENTIFIER=kernel", "_UID=0")
-POLL_S = 0.5
-RECORDS_A_POLL = 10_000
+PAUSE_S = 0.5  # of a kernel that says a lot, much is taken at once
+RECORDS_AT_ONCE = 10_000
 BYTES = 65_536
 JOURNAL_AGAIN_S = 30.0
 
@@ -69,31 +70,48 @@ def journal_entry(line: str) -> Entry | None:
 
 async def follow(say: Callable[[str], None], kmsg: Path = KMSG) -> AsyncIterator[Entry]:
     """Every error since boot, then each as it comes. Says once when nothing can be read."""
-    try:
-        descriptor = os.open(kmsg, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        descriptor = -1
+    descriptor = _opened(kmsg)
     source = _journal(say) if descriptor < 0 else _kernel(descriptor)
     async for entry in source:
         yield entry
 
 
+def _opened(kmsg: Path) -> int:
+    """-1: it may not be read, or nobody can wait for it (a container's is often /dev/null)."""
+    try:
+        descriptor = os.open(kmsg, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    try:
+        with select.epoll() as waiting:
+            waiting.register(descriptor, select.EPOLLIN)
+    except OSError:
+        os.close(descriptor)
+        return -1
+    return descriptor
+
+
 async def _kernel(descriptor: int) -> AsyncIterator[Entry]:
+    loop, came = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(descriptor, came.set)
     try:
         while True:
+            came.clear()
             for line in _read(descriptor):
                 entry = kmsg_entry(line, time.time(), time.monotonic_ns() // 1000)
                 if entry is not None:
                     yield entry
-            await asyncio.sleep(POLL_S)
+            await came.wait()
+            await asyncio.sleep(PAUSE_S)
     finally:
+        loop.remove_reader(descriptor)
         os.close(descriptor)
 
 
 def _read(descriptor: int) -> list[str]:
     """What came since; a read gives one record, and the next one after records were overwritten."""
     found: list[str] = []
-    for _ in range(RECORDS_A_POLL):
+    for _ in range(RECORDS_AT_ONCE):
         try:
             data = os.read(descriptor, BYTES)
         except BlockingIOError:

@@ -21,7 +21,7 @@ from opsctl.agent.drains import boot_clock
 from opsctl.agent.gpu.child import EXIT_LOCKED
 
 STALE_S = 15.0  # a sample that is older counts no more
-TICK_S = 0.5
+TICK_S = 1.0
 RETRY_S = 10.0  # after NVML could not be asked: no driver, another version
 PAUSE_S = 1.0  # before it is started again; doubles with each failure up to the next
 LONGEST_PAUSE_S = 60.0
@@ -159,7 +159,7 @@ class Reader:
         self._rest = b""
 
     def tick(self, wanted: bool, incomplete: bool) -> None:
-        """Looks after the process: call it about twice a second, in the loop."""
+        """Looks after the process: call it about once a second, in the loop."""
         now = self._clock()
         self.view.wanted_since = (self.view.wanted_since or now) if wanted else None
         self._reap(now)

@@ -18,6 +18,8 @@ ABSURD_C = 200  # DCGM takes nothing above for a temperature
 CLOCK_SM, CLOCK_MEM = 1, 2
 CORE = 0  # NVML_TEMPERATURE_GPU
 
+SLOW_EVERY = 5  # samples
+
 # Field ids of nvml.h. One call asks for all of them.
 MEMORY_TEMPERATURE = 82
 ECC = {"sbe_volatile": 3, "dbe_volatile": 4, "sbe_aggregate": 5, "dbe_aggregate": 6}
@@ -26,7 +28,9 @@ VIOLATIONS_NS = {"power": 74, "thermal": 75, "sync_boost": 76, "board_limit": 77
 SLOWDOWNS_NS = {"sw_thermal_slowdown": 269, "hw_thermal_slowdown": 270, "hw_power_brake": 271}
 OFFSETS = {"shutdown": 193, "slowdown": 194, "memory_max": 195, "max_operating": 196}  # signed, on the margin's scale
 RECOVERY_ACTION = 230
-FIELDS = (MEMORY_TEMPERATURE, *ECC.values(), *VIOLATIONS_NS.values(), *SLOWDOWNS_NS.values(), *OFFSETS.values(),
+NVLINK_KIB = (138, 139)  # sent and received, of all links together
+ALL_LINKS = 0xFFFFFFFF
+FIELDS = (*((number, ALL_LINKS) for number in NVLINK_KIB), MEMORY_TEMPERATURE, *ECC.values(), *VIOLATIONS_NS.values(), *SLOWDOWNS_NS.values(), *OFFSETS.values(),
           RECOVERY_ACTION)
 # NVML_TEMPERATURE_THRESHOLD_*
 THRESHOLDS = {"shutdown": 0, "slowdown": 1, "memory_max": 2, "max_operating": 3}
@@ -43,8 +47,11 @@ class Gpu:
     fixed: dict[str, Any] = field(default_factory=dict)
     gpm: Gpm | None = None
     words: str = ""  # why there is no handle
-    offsets: dict[str, Any] = field(default_factory=dict)  # of the last sample; they stay as they are
-    memory_sensor: bool = True  # as the last sample found it
+    slow: dict[str, Any] = field(default_factory=dict)  # what is not asked each second
+    slow_troubles: list[str] = field(default_factory=list)
+    offsets: dict[str, Any] = field(default_factory=dict)
+    memory_sensor: bool = True
+    turn: int = 0
 
 
 def open_gpus(nvml: Nvml) -> list[Gpu]:
@@ -102,11 +109,7 @@ def thermal(nvml: Nvml, gpu: Gpu) -> dict[str, Any]:
     try:
         if gpu.handle is None:
             raise LostError(gpu.words or "NVML gives no handle for it")
-        memory = [MEMORY_TEMPERATURE] if gpu.memory_sensor else []
-        told = nvml.ask(gpu.index, ("nvmlDeviceGetFieldValues", gpu.handle, memory)) if memory else None
-        values = _heat(nvml, gpu, _fields(told))
-        values |= margin(nvml.ask(gpu.index, ("nvmlDeviceGetMarginTemperature", gpu.handle)), values, gpu.offsets,
-                         gpu.fixed.get("thresholds_c", {}))
+        values = _heat(nvml, gpu)
     except LostError as error:
         return {**known, "state": "lost", "words": str(error)}
     return {**known, **values, **_state(nvml, values)}
@@ -144,16 +147,20 @@ def _state(nvml: Nvml, values: dict[str, Any]) -> dict[str, str]:
     return {"state": "unreadable" if words and "temperature_c" not in values else "ok", "words": words}
 
 
-def _heat(nvml: Nvml, gpu: Gpu, fields: dict[int, int | float]) -> dict[str, Any]:
-    """What the guard decides by; the margin comes on top."""
+def _heat(nvml: Nvml, gpu: Gpu) -> dict[str, Any]:
+    """What the guard decides by."""
     handle = gpu.handle
-    return _there({
+    memory = [MEMORY_TEMPERATURE] if gpu.memory_sensor else []
+    fields = _fields(nvml.ask(gpu.index, ("nvmlDeviceGetFieldValues", handle, memory)) if memory else None)
+    values = _there({
         "temperature_c": _temperature(nvml.ask(gpu.index, ("nvmlDeviceGetTemperatureV", handle, CORE),
                                                ("nvmlDeviceGetTemperature", handle, CORE))),
         "memory_temperature_c": _temperature(fields.get(MEMORY_TEMPERATURE)),
         "reasons": nvml.ask(gpu.index, ("nvmlDeviceGetCurrentClocksEventReasons", handle),
                             ("nvmlDeviceGetCurrentClocksThrottleReasons", handle)),
     })
+    api = nvml.ask(gpu.index, ("nvmlDeviceGetMarginTemperature", handle))
+    return values | margin(api, values, gpu.offsets, gpu.fixed.get("thresholds_c", {}))
 
 
 def _troubles(nvml: Nvml) -> str:
@@ -187,6 +194,33 @@ def _fixed(nvml: Nvml, index: int, handle: Any) -> dict[str, Any]:
 
 
 def _values(nvml: Nvml, gpu: Gpu) -> dict[str, Any]:
+    """What changes each second, and what was asked last of the rest."""
+    if gpu.turn % SLOW_EVERY == 0:
+        gpu.slow = _slow_values(nvml, gpu)
+        gpu.slow_troubles, nvml.troubles = nvml.troubles, []
+    gpu.turn += 1
+    index, handle = gpu.index, gpu.handle
+
+    def ask(*attempts: tuple[Any, ...]) -> Any:
+        return nvml.ask(index, *((name, handle, *more) for name, *more in attempts))
+
+    values = _heat(nvml, gpu) | _there({
+        "clock_sm_mhz": ask(("nvmlDeviceGetClockInfo", CLOCK_SM)),
+        "clock_memory_mhz": ask(("nvmlDeviceGetClockInfo", CLOCK_MEM)),
+        "power_w": _scaled(ask(("nvmlDeviceGetPowerUsage",)), 1000),
+        "energy_mj": ask(("nvmlDeviceGetTotalEnergyConsumption",)),
+        "profile": gpu.gpm.metrics(nvml) if gpu.gpm else None,
+    })
+    used = ask(("nvmlDeviceGetUtilizationRates",))
+    if used is not None:
+        values |= {"utilisation_percent": used.gpu, "memory_utilisation_percent": used.memory}
+    values |= _memory(nvml, index, handle)
+    nvml.troubles += gpu.slow_troubles
+    return {**gpu.slow, **values}
+
+
+def _slow_values(nvml: Nvml, gpu: Gpu) -> dict[str, Any]:
+    """Counters, limits, parts: nobody misses them for some seconds, and they are most of what there is to ask."""
     index, handle = gpu.index, gpu.handle
 
     def ask(*attempts: tuple[Any, ...]) -> Any:
@@ -195,18 +229,15 @@ def _values(nvml: Nvml, gpu: Gpu) -> dict[str, Any]:
     fields = _fields(ask(("nvmlDeviceGetFieldValues", list(FIELDS))))
     gpu.memory_sensor = MEMORY_TEMPERATURE in fields
     gpu.offsets = _named(OFFSETS, fields) or {}
-    values = _heat(nvml, gpu, fields) | _there({
-        "clock_sm_mhz": ask(("nvmlDeviceGetClockInfo", CLOCK_SM)),
-        "clock_memory_mhz": ask(("nvmlDeviceGetClockInfo", CLOCK_MEM)),
-        "power_w": _scaled(ask(("nvmlDeviceGetPowerUsage",)), 1000),
-        "energy_mj": ask(("nvmlDeviceGetTotalEnergyConsumption",)),
+    values = _there({
         "pcie_replays": ask(("nvmlDeviceGetPcieReplayCounter",)),
         "recovery_action": fields.get(RECOVERY_ACTION),
         "ecc": _named(ECC, fields),
         "violations_ns": _named(VIOLATIONS_NS, fields),
         "slowdowns_ns": _named(SLOWDOWNS_NS, fields),
         "offsets_c": gpu.offsets or None,
-        "profile": gpu.gpm.metrics(nvml) if gpu.gpm else None,
+        "nvlink_kib": sum(fields[number] for number in NVLINK_KIB) if fields.keys() >= set(NVLINK_KIB) else None,
+        "mig": _mig(nvml, index, handle),
     })
     processes = ask(("nvmlDeviceGetComputeRunningProcesses_v3",))
     if processes is not None:
@@ -214,9 +245,6 @@ def _values(nvml: Nvml, gpu: Gpu) -> dict[str, Any]:
     enforced = _scaled(ask(("nvmlDeviceGetEnforcedPowerLimit",)), 1000)
     if enforced is not None:
         values["power_limits_w"] = {**gpu.fixed.get("power_limits_w", {}), "enforced": enforced}
-    used = ask(("nvmlDeviceGetUtilizationRates",))
-    if used is not None:
-        values |= {"utilisation_percent": used.gpu, "memory_utilisation_percent": used.memory}
     for name, function in (("encoder", "nvmlDeviceGetEncoderUtilization"),
                            ("decoder", "nvmlDeviceGetDecoderUtilization")):
         pair = ask((function,))
@@ -226,10 +254,7 @@ def _values(nvml: Nvml, gpu: Gpu) -> dict[str, Any]:
     if rows is not None:
         values["remapped"] = dict(zip(("correctable", "uncorrectable", "pending", "failure"), map(int, rows),
                                       strict=True))
-    values |= _memory(nvml, index, handle)
-    values |= margin(ask(("nvmlDeviceGetMarginTemperature",)), values, gpu.offsets,
-                     gpu.fixed.get("thresholds_c", {}))
-    return values | _there({"mig": _mig(nvml, index, handle)})
+    return values
 
 
 def _memory(nvml: Nvml, index: int, handle: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +24,15 @@ class Verdict:
     healthy: bool
 
 
-def judge(view: View, now: float, wanted: bool, expected: Collection[str], loaded: str = "") -> Verdict:
-    """``expected`` are UUIDs; ``loaded`` is the version of the kernel's driver, empty when there is none."""
+def judge(view: View, now: float, wanted: bool, expected: Collection[str],
+          loaded: Callable[[], str] = lambda: "") -> Verdict:
+    """``expected`` are UUIDs; ``loaded`` gives the version of the kernel's driver, empty when there is none."""
     if not wanted:
         return Verdict("none", "this host has no GPUs", True)
     return _blind(view, now, loaded) or _seeing(view, expected)
 
 
-def _blind(view: View, now: float, loaded: str) -> Verdict | None:
+def _blind(view: View, now: float, loaded: Callable[[], str]) -> Verdict | None:
     """Why there is no sample that counts."""
     late = view.call_age(now)
     if view.call is not None and (late > STALE_S or not view.fresh(now)):
@@ -39,7 +40,7 @@ def _blind(view: View, now: float, loaded: str) -> Verdict | None:
         return Verdict("hung", f"{view.call['name']}{where} has not returned for {late:.0f} s (process {view.pid}); "
                        "killing it may freeze the GPU: drain the host, then reboot it", False)
     if view.sample is not None and view.sample["state"] != "ok" and now - view.sample["at"] <= 2 * STALE_S:
-        return Verdict(view.sample["state"], sentence(view.sample["state"], view.sample["words"], loaded), False)
+        return Verdict(view.sample["state"], sentence(view.sample["state"], view.sample["words"], loaded()), False)
     if view.fresh(now):
         return None
     if view.good is None and view.age(now) <= STALE_S:

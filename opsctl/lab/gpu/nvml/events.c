@@ -7,7 +7,7 @@
 
 #define EVENT_XID 0x8ull
 #define EVENT_TYPES 0x1full /* ECC, P-state, XID, clock: registered without complaint, only XIDs happen here */
-#define POLL_NS 20000000
+#define POLL_NS 100000000
 
 struct event_set {
     pthread_mutex_t guard;
