@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from opsctl.agent.drains import boot_clock
-from opsctl.agent.gpu import kernel_log, told
+from opsctl.agent.gpu import kernel_log, told, web_config
 from opsctl.agent.gpu.metrics import Known, values
 from opsctl.agent.gpu.page import render
 from opsctl.agent.gpu.reader import TICK_S, Reader
@@ -28,6 +28,7 @@ WRITE_S = 0.9  # the file is not written again within, unless it says something 
 LATE_S = 1.5  # nor is a sample waited for any longer
 LOOK_S = 10.0  # at placements and device nodes
 LISTEN_AGAIN_S = 10.0
+WEB_LOOK_S = 2.0  # at the files of web.toml
 
 
 class Exporter:
@@ -101,21 +102,27 @@ class Exporter:
             self._seen("log", entry.pci, entry.xid, entry.wall)
 
     async def serve(self) -> None:
-        """Listens for ever; an address that is taken is tried again."""
+        """Listens for ever; an address that is taken is tried again, and changed files of web.toml are read anew."""
         if not self._settings.exporter_port:
             return
-        complained = False
+        complained = ""
         while True:
             try:
-                server = await Web(self.answer).serve(self._settings.listen, self._settings.exporter_port)
-            except OSError as error:
-                if not complained:
-                    self._say(f"metrics cannot be served: {error}; trying again")
-                complained = True
-                await asyncio.sleep(LISTEN_AGAIN_S)
+                guarded = web_config.read(self._paths.settings.with_name("web.toml"))
+                server = await Web(self.answer, guarded).serve(self._settings.listen, self._settings.exporter_port)
+            except (OSError, OpsctlError) as error:
+                if str(error) != complained:
+                    hint = f" {error.hint}." if isinstance(error, OpsctlError) else ""
+                    self._say(f"metrics cannot be served: {str(error).rstrip('.')}; trying again.{hint}")
+                complained = str(error)
+                await asyncio.sleep(LISTEN_AGAIN_S if isinstance(error, OSError) else WEB_LOOK_S)
                 continue
-            async with server:
-                await server.serve_forever()
+            complained = ""
+            try:
+                while web_config.look(guarded.files) == guarded.seen:
+                    await asyncio.sleep(WEB_LOOK_S)
+            finally:
+                server.close()  # who is being answered gets the answer
 
     async def answer(self, request: Request) -> Answer:
         """``/metrics``, ``/healthz`` (alive), ``/readyz`` (what is exported can be believed)."""

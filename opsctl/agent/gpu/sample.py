@@ -30,8 +30,8 @@ OFFSETS = {"shutdown": 193, "slowdown": 194, "memory_max": 195, "max_operating":
 RECOVERY_ACTION = 230
 NVLINK_KIB = (138, 139)  # sent and received, of all links together
 ALL_LINKS = 0xFFFFFFFF
-FIELDS = (*((number, ALL_LINKS) for number in NVLINK_KIB), MEMORY_TEMPERATURE, *ECC.values(), *VIOLATIONS_NS.values(), *SLOWDOWNS_NS.values(), *OFFSETS.values(),
-          RECOVERY_ACTION)
+FIELDS = (*((number, ALL_LINKS) for number in NVLINK_KIB), MEMORY_TEMPERATURE, *ECC.values(), *VIOLATIONS_NS.values(),
+          *SLOWDOWNS_NS.values(), *OFFSETS.values(), RECOVERY_ACTION)
 # NVML_TEMPERATURE_THRESHOLD_*
 THRESHOLDS = {"shutdown": 0, "slowdown": 1, "memory_max": 2, "max_operating": 3}
 VALUE_OF_TYPE = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")

@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 
+from opsctl.agent.gpu.web_config import WebConfig
+
 CONNECTIONS = 16
 REQUEST_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 10.0
@@ -22,6 +24,10 @@ class Answer:
     status: int
     body: bytes
     headers: Mapping[str, str] = field(default_factory=lambda: {"Content-Type": "text/plain; charset=utf-8"})
+
+
+UNAUTHORIZED = Answer(HTTPStatus.UNAUTHORIZED, b"a name and a password\n", {
+    "Content-Type": "text/plain; charset=utf-8", "WWW-Authenticate": 'Basic realm="opsctl", charset="UTF-8"'})
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,16 @@ def parse(text: bytes) -> Request | int:
 class Web:
     """Serves ``answer`` on one address."""
 
-    def __init__(self, answer: Answering) -> None:
+    def __init__(self, answer: Answering, guarded: WebConfig | None = None) -> None:
         self._answer = answer
+        self._guarded = guarded or WebConfig()
         self._open = 0
 
     async def serve(self, address: str, port: int) -> asyncio.Server:
         """Raises OSError when the address is taken."""
-        return await asyncio.start_server(self._one, address, port, limit=REQUEST_LIMIT, reuse_address=True)
+        tls = self._guarded.tls
+        return await asyncio.start_server(self._one, address, port, limit=REQUEST_LIMIT, reuse_address=True, ssl=tls,
+                                          ssl_handshake_timeout=REQUEST_TIMEOUT_S if tls else None)
 
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._open += 1
@@ -84,7 +93,13 @@ class Web:
         request = parse(text)
         if isinstance(request, int):
             return Answer(request, PAGES)
-        return await asyncio.wait_for(self._answer(request), ANSWER_TIMEOUT_S)
+        return await asyncio.wait_for(self._answer_to(request), ANSWER_TIMEOUT_S)
+
+    async def _answer_to(self, request: Request) -> Answer:
+        passwords = self._guarded.passwords
+        if passwords is not None and not await passwords.admit(request.headers.get("authorization", "")):
+            return UNAUTHORIZED
+        return await self._answer(request)
 
 
 def head(answer: Answer) -> bytes:
