@@ -38,6 +38,7 @@ class Simulated:
 
     def __init__(self, folder: Path, library_folder: Path, model: str, count: int, mig: int) -> None:
         self.folder = folder
+        self.model = model
         self.uuids = [state_file.gpu_uuid("test", "gpu-1", index) for index in range(count)]
         state_file.create(folder / "lab-state", self.uuids, named(model), mig=mig)
         for node in ("nvidiactl", *(f"nvidia{index}" for index in range(count))):
