@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -420,6 +421,31 @@ def test_errors_of_gpus_come_by_event_and_by_log(tmp_path: Path) -> None:
         words = "XID 79 of GPU 1 (GPU-1), told by the driver"
         await one.until(lambda: sum(words in line for line in one.said) == 2, "two errors")
         assert b'xid="79",action="RESTART_BM",severity="critical"} 2\n' in (await one.get("/metrics"))[2]
+    play(tmp_path, work)
+
+
+def test_a_wall_clock_that_is_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ages, readiness and the reader go by the boot clock; an error's time follows the wall clock as it goes now."""
+    async def work(one: Running) -> None:
+        await one.state("ok")
+        one.order(xids=[[1, 79]])
+        await one.until(lambda: bool(one.said), "an error")
+        right = time.time()
+        monkeypatch.setattr(time, "time", lambda: right - 3600.0)
+        samples_before = one.exporter.reader.view.samples
+        await one.until(lambda: one.exporter.reader.view.samples > samples_before + 2, "more samples")
+        one.exporter._seen("log", "00000000:1B:00.0", 79, boot_clock())  # the same error, told by the kernel's log
+        text = (await one.get("/metrics"))[2].decode()
+        found = {family.name: family.samples for family in parse_text(text)}
+        assert [one.value for one in found["opsctl_gpu_xid"]] == [1]
+        (last,) = found["opsctl_gpu_xid_last_timestamp_seconds"]
+        assert right - 3660 < last.value < right - 3590
+        assert found["opsctl_gpu_sample_age_seconds"][0].value < 5
+        assert (await one.get("/readyz"))[0] == 200
+        await one.until(lambda: '"xid": 79' in one.paths.gpus.read_text(), "the file")
+        told_age = told.read(one.paths.gpus, ["GPU-0"], boot_clock())
+        assert told_age is not None
+        assert told_age["age_s"] < 5
     play(tmp_path, work)
 
 

@@ -151,7 +151,7 @@ def wait_for_xids(nvml: Nvml, gpus: list[samples.Gpu], teller: Teller, stop: Sto
                 continue
             gpu_of_it = by_address.get(address(event.device))
             if event.eventType == XID_EVENT and gpu_of_it is not None:
-                teller.tell("xid", wall=time.time(), xid=int(event.eventData), pci=gpu_of_it.identity.get("pci", ""))
+                teller.tell("xid", xid=int(event.eventData), pci=gpu_of_it.identity.get("pci", ""))
     except (GoneError, LostError):
         return  # the samples say so
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -64,6 +65,7 @@ class Exporter:
                      lambda: told.loaded_driver(self._paths.root))
 
     def known(self) -> Known:
+        self._xids.settle(time.time() - boot_clock())
         return Known(self._settings.host, self._version, self.reader.view, self.verdict(), self._xids, self._expected,
                      self._owners, self._clock(), self._guard())
 
@@ -99,7 +101,7 @@ class Exporter:
         while not self.wanted:
             await asyncio.sleep(LOOK_S)
         async for entry in kernel_log.follow(self._say):
-            self._seen("log", entry.pci, entry.xid, entry.wall)
+            self._seen("log", entry.pci, entry.xid, entry.at)
 
     async def serve(self) -> None:
         """Listens for ever; an address that is taken is tried again, and changed files of web.toml are read anew."""
@@ -171,6 +173,7 @@ class Exporter:
 
     def _seen(self, source: str, pci: str, xid: int, at: float) -> None:
         if self._xids.seen(source, pci, xid, at):
+            self._xids.settle(time.time() - boot_clock())
             gpu = self.reader.view.gpus.get(pci, {})
             self._say(f"XID {xid} of GPU {gpu.get('index', '?')} ({gpu.get('uuid', pci)}), told by the "
-                      f"{'driver' if source == 'event' else 'kernel log'} at {told.utc(at)}")
+                      f"{'driver' if source == 'event' else 'kernel log'} at {told.utc(self._xids.wall(at))}")

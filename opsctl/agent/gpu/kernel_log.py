@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import re
 import select
@@ -15,6 +16,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from opsctl.agent.drains import boot_clock
 
 KMSG = Path("/dev/kmsg")
 XID = re.compile(r"NVRM: Xid \((?:PCI:)?(?P<pci>[0-9A-Fa-f]+:[0-9A-Fa-f]+:[0-9A-Fa-f]+)[^)]*\): (?P<xid>\d+)")
@@ -28,15 +31,16 @@ PAUSE_S = 0.5  # of a kernel that says a lot, much is taken at once
 RECORDS_AT_ONCE = 10_000
 BYTES = 65_536
 JOURNAL_AGAIN_S = 30.0
+SAME_S = 1e-4  # what reading two clocks after each other may make of one time
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An error in the log: PCI address as NVML writes it, number, seconds since 1970."""
+    """An error in the log: PCI address as NVML writes it, number, when by the boot clock, in seconds."""
 
     pci: str
     xid: int
-    wall: float
+    at: float
 
 
 def pci_address(text: str) -> str:
@@ -45,25 +49,29 @@ def pci_address(text: str) -> str:
     return f"{domain:08X}:{bus:02X}:{device:02X}.0"
 
 
-def entry_of(text: str, wall: float) -> Entry | None:
+def entry_of(text: str, at: float) -> Entry | None:
     """The error in one line of the log, if it is one."""
     found = XID.search(text)
-    return Entry(pci_address(found["pci"]), int(found["xid"]), wall) if found else None
+    return Entry(pci_address(found["pci"]), int(found["xid"]), at) if found else None
 
 
-def kmsg_entry(line: str, now_wall: float, now_us: int) -> Entry | None:
-    """A record of ``/dev/kmsg``: ``4,1234,5000000,-;NVRM: Xid ...`` with microseconds since boot."""
+def kmsg_entry(line: str, now: float, now_us: int) -> Entry | None:
+    """A record of ``/dev/kmsg``: ``4,1234,5000000,-;NVRM: Xid ...`` with microseconds by the monotonic clock.
+
+    ``now`` and ``now_us`` are the same moment by the boot clock and by that one, which stands still in suspension.
+    """
     record = RECORD.match(line)
     if record is None:
-        return entry_of(line, now_wall)
-    return entry_of(record["text"], now_wall - max(0, now_us - int(record["us"])) / 1e6)
+        return entry_of(line, now)
+    return entry_of(record["text"], now - max(0, now_us - int(record["us"])) / 1e6)
 
 
-def journal_entry(line: str) -> Entry | None:
-    """A line of ``journalctl --output=json``."""
+def journal_entry(line: str, now: float, now_us: int) -> Entry | None:
+    """A line of ``journalctl --output=json``; clocks as in ``kmsg_entry``."""
     try:
         document = json.loads(line)
-        return entry_of(str(document["MESSAGE"]), int(document["__REALTIME_TIMESTAMP"]) / 1e6)
+        at = now - (now_us - int(document["__MONOTONIC_TIMESTAMP"])) / 1e6
+        return entry_of(str(document["MESSAGE"]), at)
     except (ValueError, KeyError, TypeError):
         return None
 
@@ -98,7 +106,7 @@ async def _kernel(descriptor: int) -> AsyncIterator[Entry]:
         while True:
             came.clear()
             for line in _read(descriptor):
-                entry = kmsg_entry(line, time.time(), time.monotonic_ns() // 1000)
+                entry = kmsg_entry(line, boot_clock(), time.monotonic_ns() // 1000)
                 if entry is not None:
                     yield entry
             await came.wait()
@@ -126,18 +134,18 @@ def _read(descriptor: int) -> list[str]:
 
 async def _journal(say: Callable[[str], None]) -> AsyncIterator[Entry]:
     complained = False
-    newest = 0.0
+    newest = -math.inf
     while True:
-        process = None
+        process, told = None, newest
         try:
             process = await asyncio.create_subprocess_exec(
                 *JOURNAL, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.DEVNULL, limit=1 << 20)
             assert process.stdout is not None  # noqa: S101 - it was asked for
             async for line in process.stdout:
-                entry = journal_entry(line.decode(errors="replace"))
-                if entry is not None and entry.wall > newest:  # a journalctl that is started again repeats the old ones
-                    newest = entry.wall
+                entry = journal_entry(line.decode(errors="replace"), boot_clock(), time.monotonic_ns() // 1000)
+                if entry is not None and entry.at > told + SAME_S:  # journalctl, started again, repeats
+                    newest = max(newest, entry.at)
                     yield entry
             if await process.wait():
                 raise OSError(f"journalctl ended with {process.returncode}")

@@ -80,7 +80,7 @@ def enriched(known: Known, gpu: Mapping[str, Any]) -> dict[str, Any]:
     pci = gpu.get("pci", "")
     errors = known.xids.of(pci)
     more: dict[str, Any] = {"xid_counts": [(_xid_labels(xid), one.count) for xid, one in errors.items()],
-                            "xid_times": [(_xid_labels(xid), one.at) for xid, one in errors.items()]}
+                            "xid_times": [(_xid_labels(xid), known.xids.wall(one.at)) for xid, one in errors.items()]}
     of_guard = {one["uuid"]: one for one in (known.guard or {}).get("gpus", ())}.get(gpu.get("uuid", ""), {})
     # of a GPU that nobody sees only what was set is true
     more["guard"] = {key: value for key, value in of_guard.items()

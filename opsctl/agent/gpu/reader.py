@@ -217,7 +217,7 @@ class Reader:
         try:
             document = json.loads(line)
             if document["kind"] == "xid":
-                self._on_xid(document["pci"], document["xid"], document["wall"])
+                self._on_xid(document["pci"], document["xid"], document["at"])
             self.view.hear(document, self._clock())
         except (ValueError, KeyError, TypeError) as error:
             self._say(f"the GPU reader wrote what nobody understands ({error}): {line[:200]!r}")

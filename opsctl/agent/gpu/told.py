@@ -30,11 +30,11 @@ def document(view: View, verdict: Verdict, xids: Xids, expected: Sequence[str], 
     return {
         "at_boot_s": now, "good_at_boot_s": view.good, "state": verdict.state, "words": verdict.words,
         "driver": sample.get("driver", ""), "expected": len(expected), "missing": missing_uuids(view, expected),
-        "devices": [device(gpu, xids, owners) for gpu in view.gpus_now()] if view.good is not None else [],
+        "devices": [device(gpu, xids, owners, now) for gpu in view.gpus_now()] if view.good is not None else [],
     }
 
 
-def device(gpu: Mapping[str, Any], xids: Xids, owners: Mapping[str, str]) -> dict[str, Any]:
+def device(gpu: Mapping[str, Any], xids: Xids, owners: Mapping[str, str], now: float) -> dict[str, Any]:
     """One GPU; a number that it does not have is null."""
     uuid = gpu.get("uuid", "")
     return {
@@ -45,7 +45,7 @@ def device(gpu: Mapping[str, Any], xids: Xids, owners: Mapping[str, str]) -> dic
         "power_limit_w": gpu.get("power_limits_w", {}).get("enforced") if gpu["state"] == "ok" else None,
         "utilisation_percent": gpu.get("utilisation_percent"), "memory_used_mib": gpu.get("memory_used_mib"),
         "memory_total_mib": gpu.get("memory_total_mib"), "reasons": reasons.words(gpu.get("reasons", 0)),
-        "xids": xids.recent(gpu.get("pci", ""), time.time()), "instance": owners.get(uuid, ""),
+        "xids": xids.recent(gpu.get("pci", ""), now), "instance": owners.get(uuid, ""),
         "pids": gpu.get("pids", []),
     }
 
