@@ -300,7 +300,9 @@ class Running:
 
 
 @asynccontextmanager
-async def running(root: Path, gpus: tuple[str, ...] = ("GPU-0", "GPU-1")) -> AsyncIterator[Running]:
+async def running(root: Path, gpus: tuple[str, ...] = ("GPU-0", "GPU-1"), command: tuple[str, ...] = ()
+                  ) -> AsyncIterator[Running]:
+    """``command``: another reader than the played one."""
     paths = Paths(root)
     paths.gpus.parent.mkdir(parents=True, exist_ok=True)
     orders = root / "orders.json"
@@ -316,8 +318,8 @@ async def running(root: Path, gpus: tuple[str, ...] = ("GPU-0", "GPU-1")) -> Asy
 
     one.exporter.look = counted  # type: ignore[method-assign]
     reader = one.exporter.reader
-    reader._command = (sys.executable, str(Path(__file__).with_name("played_nvml.py")), str(orders),
-                       str(paths.gpu_reader_lock))
+    reader._command = command or (sys.executable, str(Path(__file__).with_name("played_nvml.py")), str(orders),
+                                  str(paths.gpu_reader_lock))
     one.order()
     server = await web.Web(one.exporter.answer).serve("127.0.0.1", 0)
     one.port = server.sockets[0].getsockname()[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from opsctl.agent.drains import boot_clock
-from opsctl.agent.gpu import sample
+from opsctl.agent.gpu import reader, sample, verdict
 from opsctl.agent.gpu.metrics import Known, values
 from opsctl.agent.gpu.nvml import Nvml
 from opsctl.agent.gpu.page import render
@@ -30,6 +31,7 @@ from opsctl.agent.gpu.xids import Xids
 pytest.importorskip("opsctl.lab.gpu.library", reason="this opsctl has no simulated GPUs")
 import lab_gpu_kit
 import played_nvml
+import test_exporter
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not on this machine")
 
@@ -237,6 +239,46 @@ def test_a_driver_that_is_another(simulated: Any, loaded: str, state: str) -> No
     with simulated(loaded=loaded) as one:
         assert one.next("sample")["state"] == state
         assert one.reader.wait(10) == 0
+
+
+def test_a_hang_of_some_seconds_is_told_outlived_and_nobody_is_killed(
+        tmp_path: Path, libraries: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one of a minute does, with less patience: pages are answered throughout, ages grow, and it is well again."""
+    monkeypatch.setattr(reader, "STALE_S", 1.5)
+    monkeypatch.setattr(verdict, "STALE_S", 1.5)
+    monkeypatch.setattr(test_exporter.exporter_module, "TICK_S", 0.1)
+    with lab_gpu_kit.simulated(libraries["whole"], "H200") as gpus:
+        needed = ("LD_LIBRARY_PATH", "OPSCTL_LAB_GPU_STATE", "OPSCTL_LAB_GPU_DEVICES")
+        command = ("env", *(f"{name}={gpus.environment[name]}" for name in needed),
+                   sys.executable, "-I", "-m", "opsctl.agent.gpu.child", str(tmp_path / "lock"))
+
+        async def work(one: test_exporter.Running) -> None:
+            await one.state("ok")
+            pid, ages = one.exporter.reader.view.pid, []
+            gpus.state.machine.hang_until_ns = time.monotonic_ns() + 3 * 10**9
+            until, codes = time.monotonic() + 2.8, []
+            while time.monotonic() < until:
+                began = time.monotonic()
+                page = (await one.get("/metrics"))[2].decode()
+                assert time.monotonic() - began < 1.0
+                ages += [float(line.split()[1]) for line in page.splitlines()
+                         if line.startswith("opsctl_gpu_sample_age_seconds{")]
+                codes.append((await one.get("/readyz"))[0])
+                assert (await one.get("/healthz"))[0] == 200
+                await asyncio.sleep(0.2)
+            assert max(ages) > 2
+            assert (codes[0], codes[-1]) == (200, 503)
+            assert "DCGM_FI_DEV_GPU_TEMP" not in page
+            await one.state("ok")
+            await one.until(lambda: one.exporter.reader.view.pid != pid, "the one that hung has ended by itself")
+            await one.state("ok")
+            assert not [words for words in one.said if "signal" in words]
+
+        async def whole() -> None:
+            async with test_exporter.running(tmp_path, tuple(gpus.uuids), command) as one:
+                await asyncio.wait_for(work(one), 60)
+
+        asyncio.run(whole())
 
 
 OTHERS = """
