@@ -78,9 +78,9 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def scrape(port: int) -> bytes:
+def scrape(port: int, path: str = "/metrics") -> bytes:
     """As Prometheus does: packed, on a connection of its own."""
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={
         "Accept": "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.4",
         "Accept-Encoding": "gzip"})
     with urllib.request.urlopen(request, timeout=10) as response:

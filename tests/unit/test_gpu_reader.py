@@ -244,7 +244,7 @@ def test_when_a_second_is_a_long_time(changes: dict[str, Any], expected: bool) -
 
 def test_who_listens_is_told_of_good_lines_and_breaks_nothing(tmp_path: Path) -> None:
     lines = [{"kind": "sample", "at": 1.0, "state": "ok", "words": "", "took_s": 0.0, "gpus": [gpu(0)]},
-             {"kind": "thermal", "at": 1.25, "gpus": [near(0)]}, {"kind": "xid", "pci": "p0", "xid": 79, "wall": 5.0},
+             {"kind": "thermal", "at": 1.25, "gpus": [near(0)]}, {"kind": "xid", "at": 1.3, "pci": "p0", "xid": 79},
              {"kind": "waiting", "at": 2.0, "call": "nvmlInit", "gpu": -1, "since": 1.3},
              {"kind": "sample", "at": 2.5, "state": "failed", "words": "", "gpus": []}]
     said: list[str] = []

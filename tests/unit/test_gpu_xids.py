@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,8 @@ LINE = "NVRM: Xid (PCI:0000:1a:00): 79, pid='<unknown>', name=<unknown>, GPU has
 ])
 def test_how_often(told: list[tuple[str, float]], count: int, at: float) -> None:
     xids = Xids()
-    for source, time in told:
-        xids.seen(source, PCI, 79, time)
+    for source, when in told:
+        xids.seen(source, PCI, 79, when)
     assert (xids.of(PCI)[79].count, xids.of(PCI)[79].at) == (count, at)
 
 
@@ -53,9 +54,9 @@ def test_a_wall_clock_that_is_set_back_changes_no_count_and_no_order() -> None:
 
 def test_errors_and_gpus_are_told_apart() -> None:
     xids = Xids()
-    for source, pci, xid, time in (("log", PCI, 31, 10.0), ("event", PCI, 79, 20.0), ("log", "other", 79, 20.0),
+    for source, pci, xid, when in (("log", PCI, 31, 10.0), ("event", PCI, 79, 20.0), ("log", "other", 79, 20.0),
                                    ("log", PCI, 13, 15.0)):
-        assert xids.seen(source, pci, xid, time)
+        assert xids.seen(source, pci, xid, when)
     assert {xid: one.count for xid, one in xids.of(PCI).items()} == {13: 1, 31: 1, 79: 1}
     assert (xids.last(PCI), xids.last("other"), xids.last("none")) == (79, 79, 0)
     assert [one["xid"] for one in xids.recent(PCI, 30.0)] == [79, 13, 31]
@@ -103,6 +104,25 @@ def test_the_log_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     asyncio.run(asyncio.wait_for(listen(), 10))
     os.close(writer)
     assert found == [79, 31]
+
+
+def test_a_kernel_that_talks_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies unread keeps the log readable: waiting for it must not spin."""
+    monkeypatch.setattr("opsctl.agent.gpu.kernel_log.PAUSE_S", 1.0)
+    kmsg = tmp_path / "kmsg"
+    os.mkfifo(kmsg)
+    writer = os.open(kmsg, os.O_RDWR)
+
+    async def listen() -> None:
+        async for _ in follow(lambda _: None, kmsg):
+            os.write(writer, f"4,3,3,-;{LINE}\n".encode())  # unread for the whole pause
+
+    os.write(writer, f"4,2,2,-;{LINE}\n".encode())
+    before = time.process_time()
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(asyncio.wait_for(listen(), 1.6))
+    os.close(writer)
+    assert time.process_time() - before < 0.2
 
 
 @pytest.mark.parametrize("kmsg", [Path("/nowhere/kmsg"), Path("/dev/null")])  # the second: as containers have it
@@ -163,7 +183,7 @@ def test_the_journal_is_read_where_the_kernels_log_may_not_be(tmp_path: Path, mo
 
     with pytest.raises(asyncio.TimeoutError):
         asyncio.run(asyncio.wait_for(listen(), 0.5))
-    assert [(one.pci, one.xid) for one in found] == [(PCI, 79)]  # it was started many times
+    assert [(one.pci, one.xid) for one in found] == [(PCI, 79)] * 2  # it was started many times
 
 
 def test_every_row_of_the_catalogue_is_whole() -> None:

@@ -31,7 +31,7 @@ PAUSE_S = 0.5  # of a kernel that says a lot, much is taken at once
 RECORDS_AT_ONCE = 10_000
 BYTES = 65_536
 JOURNAL_AGAIN_S = 30.0
-SAME_S = 1e-4  # what reading two clocks after each other may make of one time
+SAME_S = 0.05  # what reading two clocks after each other may make of one time
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,11 @@ def _opened(kmsg: Path) -> int:
 
 async def _kernel(descriptor: int) -> AsyncIterator[Entry]:
     loop, came = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(descriptor, came.set)
+
+    def wake() -> None:
+        loop.remove_reader(descriptor)  # until it is read it stays readable, and the loop would spin
+        came.set()
+
     try:
         while True:
             came.clear()
@@ -109,6 +113,7 @@ async def _kernel(descriptor: int) -> AsyncIterator[Entry]:
                 entry = kmsg_entry(line, boot_clock(), time.monotonic_ns() // 1000)
                 if entry is not None:
                     yield entry
+            loop.add_reader(descriptor, wake)
             await came.wait()
             await asyncio.sleep(PAUSE_S)
     finally:
