@@ -139,7 +139,7 @@ def test_no_cooling_to_speak_of_stops_the_instance_and_others_take_over(mended: 
     fleet = mended
     with load_on(fleet) as load:
         warmed(fleet, load)
-        cool(fleet, "gpu-1", 3.3, tau_s=20)
+        cool(fleet, "gpu-1", 3.3, tau_s=8)
         wait_for(lambda: guard(fleet, "gpu-1")["stopped"] or guard(fleet, "gpu-1")["down"], 40, "it stops")
         pause(10)
         count = load.count
