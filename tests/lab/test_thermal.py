@@ -178,7 +178,7 @@ def test_all_overheat_and_then_all_are_blind_and_requests_still_succeed(mended: 
 RUNGS = {"less": {"less_margin_c": 90}, "slowed": {"slowed_margin_c": 90}, "least": {"least_margin_c": 90}}
 PROCESSES = {
     "agent": "systemctl kill --kill-whom=main --signal=KILL opsctl-agent",
-    "reader": "pkill -KILL -f opsctl.agent.gpu.child",
+    "reader": "pkill -KILL -f opsctl.agent.gpu.chil[d]",
     "setter": "systemctl kill --kill-whom=main --signal=KILL opsctl-setter",
 }
 

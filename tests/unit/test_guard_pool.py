@@ -92,11 +92,13 @@ def test_a_page_that_cannot_be_read_makes_the_number_unknown(monkeypatch: pytest
 def test_what_is_kept_comes_back(tmp_path: Path) -> None:
     file = tmp_path / "guard/state.json"
     memory = Memory(Rung.LEAST, 12.5, None, (3.0, 9.0), latched=True, stopped=True)
-    book.write(file, Kept(3600.0, {"chat.0": memory}, {"chat.0": 7.0}), "boot-1")
-    assert book.read(file, "boot-1") == Kept(3600.0, {"chat.0": memory}, {"chat.0": 7.0})
+    kept = Kept(3600.0, {"chat.0": memory}, {"chat.0": 7.0}, {"GPU-0": (690, None)})
+    book.write(file, kept, "boot-1")
+    assert book.read(file, "boot-1") == kept
     again = book.read(file, "boot-2")
     assert again.memories == {"chat.0": Memory(latched=True)}  # units start by themselves, clocks are free
     assert again.observed_s == 3600.0
+    assert again.limits == {}
     assert book.read(file, "").memories == {"chat.0": Memory(latched=True)}
 
 

@@ -277,8 +277,11 @@ def test_a_restart_goes_on_where_it_was(tmp_path: Path, pools: dict[str, Pool]) 
         await host.see(20, 20, seconds=3)
         await host.see(20, -3, seconds=3)
         await host.keeper._save()
+        host.said.clear()
         host.begin()
         assert host.keeper.weight("chat.0") == 1  # before the first sample
+        assert set(host.keeper._hands._wanted) == set(UUIDS)  # and clocks are held as they were
+        assert not host.said  # nothing has moved
         host.paths.boot_id.write_text("boot-2\n")
         host.begin()
         assert host.keeper.weight("chat.0") == 100

@@ -30,11 +30,12 @@ class Orders:
 
 @dataclass(frozen=True)
 class Kept:
-    """``unlatched``: the orders that were carried out, by instance."""
+    """``unlatched``: the orders that were carried out, by instance. ``limits``: the last by GPU, as MHz and watts."""
 
     observed_s: float = 0.0
     memories: Mapping[str, Memory] = field(default_factory=dict)
     unlatched: Mapping[str, float] = field(default_factory=dict)
+    limits: Mapping[str, tuple[int | None, int | None]] = field(default_factory=dict)
 
 
 def read_orders(path: Path) -> Orders:
@@ -61,17 +62,19 @@ def read(path: Path, boot: str) -> Kept:
         memories = {str(name): memory(one) for name, one in document["memories"].items()}
         observed, same = float(document["observed_s"]), bool(boot) and document["boot"] == boot
         unlatched = {str(name): float(at) for name, at in document["unlatched"].items()}
+        limits = {str(uuid): (mhz, watts) for uuid, (mhz, watts) in document["limits"].items()} if same else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Kept()
     if not same:
         memories = {name: Memory(latched=one.latched) for name, one in memories.items()}
-    return Kept(observed, memories, unlatched)
+    return Kept(observed, memories, unlatched, limits)
 
 
 def write(path: Path, kept: Kept, boot: str) -> None:
     """Lasts through a power cut. Raises OSError."""
     write_atomically(path, json.dumps({
         "schema": SCHEMA, "boot": boot, "observed_s": kept.observed_s, "unlatched": dict(kept.unlatched),
+        "limits": dict(kept.limits),
         "memories": {name: dataclasses.asdict(one) for name, one in kept.memories.items()}}))
 
 

@@ -70,6 +70,7 @@ class Keeper:
         kept = book.read(paths.guard_state, self._boot)
         self._watched = {name: Watched(memory) for name, memory in kept.memories.items()}
         self._observed_s, self._unlatched = kept.observed_s, dict(kept.unlatched)
+        self._limits = {uuid: Limit(*pair) for uuid, pair in kept.limits.items()}
         self._orders, self._policy, self._placements = Orders(), Policy(), list[Placement]()
         self._trends = Trends()
         self._gpus: Sequence[Mapping[str, Any]] = ()
@@ -172,12 +173,13 @@ class Keeper:
             one = self._watched.setdefault(placement.instance, Watched(Memory(since_s=now)))
             moved |= self._decide_one(placement, one, now)
             if one.decision is not None and one.decision.acts and one.decision.clock_percent is not None:
-                limits |= {uuid: self._limit(uuid, one.decision.clock_percent)
-                           for uuid in self._whole(placement.gpus)}
+                found = {uuid: self._limit(uuid, one.decision.clock_percent) for uuid in self._whole(placement.gpus)}
+                limits |= {uuid: limit for uuid, limit in found.items() if limit is not None}
         for gone in self._watched.keys() - {placement.instance for placement in guarded}:
             if self._placements:  # nobody can say while they cannot be read
                 del self._watched[gone]
         self._hands.want(limits)
+        self._limits = limits
         self._dirty |= moved
         if moved or now - self._told >= TELL_S:
             self._told = now
@@ -199,7 +201,8 @@ class Keeper:
         if order and one.ordering is None and (order != one.ordered or now - one.ordered_at >= AGAIN_S):
             one.ordering = asyncio.get_running_loop().create_task(self._order(placement.instance, one, order))
         rung = was.rung if was is not None else before.rung
-        told_before = (rung, was.weight if was else FULL, was.down if was else "", before.latched, before.stopped)
+        told_before = (rung, was.weight if was else decision.weight, was.down if was else "", before.latched,
+                       before.stopped)
         moved = told_before != (decision.rung, decision.weight, decision.down, one.memory.latched, one.memory.stopped)
         if moved:
             self._moved(placement.instance, one, rung, decision)
@@ -236,8 +239,11 @@ class Keeper:
         whole = {part.get("uuid"): gpu.get("uuid", "") for gpu in self._gpus for part in gpu.get("mig", ())}
         return list(dict.fromkeys(str(whole.get(uuid, uuid)) for uuid in uuids))
 
-    def _limit(self, uuid: str, percent: int) -> Limit:
-        gpu = next((gpu for gpu in self._gpus if gpu.get("uuid") == uuid), {})
+    def _limit(self, uuid: str, percent: int) -> Limit | None:
+        """None: nobody knows what it can do. An agent that begins while it is blind holds what the one before held."""
+        gpu = next((gpu for gpu in self._gpus if gpu.get("uuid") == uuid and gpu["state"] == "ok"), None)
+        if gpu is None:
+            return self._limits.get(uuid)
         highest, default = gpu.get("clock_sm_max_mhz"), gpu.get("power_limits_w", {}).get("default")
         mhz = None if not highest else int(highest * percent / 100 // CLOCK_STEP_MHZ * CLOCK_STEP_MHZ)
         return Limit(mhz, None if not default else int(default * percent / 100))
@@ -300,7 +306,8 @@ class Keeper:
     async def _save(self) -> None:
         """Beside the loop: an fsync may take long."""
         self._dirty, self._saved = False, self._clock()
-        kept = Kept(self._observed_s, {name: one.memory for name, one in self._watched.items()}, self._unlatched)
+        kept = Kept(self._observed_s, {name: one.memory for name, one in self._watched.items()}, self._unlatched,
+                    {uuid: (limit.max_mhz, limit.watts) for uuid, limit in self._limits.items()})
         try:
             await asyncio.to_thread(book.write, self._paths.guard_state, kept, self._boot)
         except OSError as error:
