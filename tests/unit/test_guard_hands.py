@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from opsctl.agent.guard import hands as hands_module
-from opsctl.agent.guard.hands import Hands, Limit
+from opsctl.agent.guard.hands import Hands, Limit, Refusal
 
 GPU = "GPU-0"
 LIMIT = Limit(1584, 560)
@@ -71,6 +71,21 @@ def test_another_setter_is_told_again(monkeypatch: Any) -> None:
     assert [one["verb"] for one in setter.asked] == ["clocks", "clocks"]
 
 
+def test_what_a_lost_connection_set_is_released_too(monkeypatch: Any) -> None:
+    monkeypatch.setattr(hands_module, "CHECK_S", 0.01)
+
+    async def act(hands: Hands, setter: PlayedSetter) -> None:
+        hands.want({GPU: LIMIT, "GPU-1": LIMIT})
+        await asyncio.sleep(0.03)
+        setter.generation += 1
+        hands.want({"GPU-1": LIMIT})
+        await asyncio.sleep(0.05)
+
+    hands, setter = run(act)
+    assert [(one["verb"], one["gpu"]) for one in setter.asked[2:]] == [("clocks", "GPU-1"), ("release", GPU)]
+    assert hands.limits == {"GPU-1": {"max_mhz": 1584}}
+
+
 def test_where_clocks_cannot_be_locked_the_power_is_limited() -> None:
     setter = PlayedSetter()
     setter.refuses = {"clocks": "not_supported"}
@@ -127,7 +142,10 @@ def test_an_order_that_is_refused_says_why() -> None:
     setter = PlayedSetter()
     setter.refuses = {"stop": "unknown_instance"}
     hands = Hands(setter, lambda _: None)
-    assert asyncio.run(hands.stop("chat.9", "drain")) == "stop: unknown_instance"
-    assert asyncio.run(hands.start("chat.0")) == ""
+    assert asyncio.run(hands.order("chat.9", "drain")) == Refusal("stop: unknown_instance", perhaps=False)
+    setter.refuses["stop"] = "hangs"
+    assert asyncio.run(hands.order("chat.9", "drain")) == Refusal("stop: hangs", perhaps=True)
+    del setter.asked[1]
+    assert asyncio.run(hands.order("chat.0", "start")) is None
     assert setter.asked == [{"verb": "stop", "instance": "chat.9", "how": "drain"},
                             {"verb": "start", "instance": "chat.0"}]

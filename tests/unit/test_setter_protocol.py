@@ -102,7 +102,7 @@ class TestUnits:
         host.undo("chat.0").touch()
         with pytest.raises(RefusedRequest, match="cutover") as refused:
             act(host, "chat.0", systemctl)
-        assert refused.value.code == "failed"
+        assert refused.value.code == "busy"
         assert not systemctl.told
         host.undo("chat.0").unlink()
         act(host, "chat.0", systemctl)

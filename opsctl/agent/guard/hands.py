@@ -16,6 +16,7 @@ from opsctl.agent.drains import boot_clock
 AGAIN_S = 10.0  # after a refusal
 CHECK_S = 1.0
 NO_CLOCKS = ("not_supported",)
+PERHAPS = ("hangs", "failed")  # what was asked may have happened all the same
 Answer = Mapping[str, Any]
 
 
@@ -35,6 +36,17 @@ class Limit:
 
     max_mhz: int | None
     watts: int | None
+
+
+UNKNOWN = Limit(None, -1)  # set by a connection that is gone: perhaps it is still so
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why an order was not carried out; ``perhaps``: it may have been all the same."""
+
+    words: str
+    perhaps: bool
 
 
 class Hands:
@@ -65,7 +77,7 @@ class Hands:
             self._news.clear()
             if self._setter.generation != self._generation:
                 self._generation = self._setter.generation
-                self._done, self.limits, self._not_before = {}, {}, {}
+                self._done, self.limits, self._not_before = dict.fromkeys(self._done, UNKNOWN), {}, {}
             for uuid in self._due():
                 await self._bring(uuid)
             if not self._wanted and not self._done:
@@ -75,13 +87,12 @@ class Hands:
             except asyncio.TimeoutError:
                 continue
 
-    async def stop(self, instance: str, how: str) -> str:
-        """``drain`` or ``now``. Empty, or why it was not done."""
-        return self._heard(await self._setter.ask({"verb": "stop", "instance": instance, "how": how}))
-
-    async def start(self, instance: str) -> str:
-        """Empty, or why it was not done."""
-        return self._heard(await self._setter.ask({"verb": "start", "instance": instance}))
+    async def order(self, instance: str, order: str) -> Refusal | None:
+        """``drain`` and ``now`` stop its unit, ``start`` starts it. None: done."""
+        answer = await self._setter.ask({"verb": "start", "instance": instance} if order == "start" else
+                                        {"verb": "stop", "instance": instance, "how": order})
+        words = self._heard(answer)
+        return Refusal(words, answer.get("code") in PERHAPS) if words else None
 
     async def leave(self) -> None:
         """The agent ends in order: what is set is restored at once."""

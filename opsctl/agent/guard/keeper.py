@@ -24,7 +24,7 @@ from opsctl.agent.guard.policy import read_policy
 from opsctl.agent.guard.readings import readings
 from opsctl.agent.guard.trend import Trends
 from opsctl.agent.paths import Paths
-from opsctl.agent.settings import Placement, read_placements
+from opsctl.agent.settings import Placement, instance_names, read_placement
 from opsctl.errors import OpsctlError
 
 TICK_S = 0.5
@@ -38,7 +38,7 @@ ASK_S = 1.0  # between two looks at the load balancers' pages
 POOL_S = 3.0  # a page that is older counts no more
 CLOCK_STEP_MHZ = 15  # of NVIDIA's GPUs; locked clocks are rounded to it
 FULL = 100
-RUNNING = ("active", "reloading", "activating", "deactivating", "")
+RUNNING = ("active", "reloading", "activating", "deactivating")
 UNASKED = "the load balancers have not been asked yet"
 
 
@@ -55,7 +55,15 @@ class Watched:
     ordered: str = ""  # the last order: drain, now, start
     ordered_at: float = float("-inf")
     refused: str = ""  # why it was not carried out
+    before: Memory = field(default_factory=Memory)  # the way to the stop
     ordering: asyncio.Task[None] | None = None
+
+
+def lesser(one: Limit, other: Limit) -> Limit:
+    """The lower of each. Pure."""
+    mhz = [value for value in (one.max_mhz, other.max_mhz) if value is not None]
+    watts = [value for value in (one.watts, other.watts) if value is not None]
+    return Limit(min(mhz, default=None), min(watts, default=None))
 
 
 class Keeper:
@@ -145,14 +153,23 @@ class Keeper:
             self._orders = book.read_orders(self._paths.guard_orders)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             wrong.append(str(error))
-        try:
-            self._placements = read_placements(self._paths)
-        except OpsctlError as error:
-            wrong.append(error.message)
+        self._placements = self._read_placements(wrong)
         words = "; ".join(wrong)
         if words and words != self._wrong:
             self._say(f"guard: {words}; going on as before")
         self._wrong = words
+
+    def _read_placements(self, wrong: list[str]) -> list[Placement]:
+        """Each by itself: a file that somebody left there, or that is torn, leaves no other instance unguarded."""
+        known = {placement.instance: placement for placement in self._placements}
+        found = []
+        for name in instance_names(self._paths):
+            try:
+                found.append(read_placement(self._paths, name))
+            except OpsctlError as error:
+                wrong.append(error.message)
+                found += [known[name]] if name in known else []
+        return found
 
     def _guarded(self) -> list[Placement]:
         return [placement for placement in self._placements if placement.gpus]
@@ -174,7 +191,9 @@ class Keeper:
             moved |= self._decide_one(placement, one, now)
             if one.decision is not None and one.decision.acts and one.decision.clock_percent is not None:
                 found = {uuid: self._limit(uuid, one.decision.clock_percent) for uuid in self._whole(placement.gpus)}
-                limits |= {uuid: limit for uuid, limit in found.items() if limit is not None}
+                for uuid, limit in found.items():
+                    if limit is not None:  # two instances may share a GPU that is cut by MIG
+                        limits[uuid] = lesser(limits.get(uuid, limit), limit)
         for gone in self._watched.keys() - {placement.instance for placement in guarded}:
             if self._placements:  # nobody can say while they cannot be read
                 del self._watched[gone]
@@ -188,7 +207,8 @@ class Keeper:
     def _decide_one(self, placement: Placement, one: Watched, now: float) -> bool:
         """True when it moved."""
         self._unlatch(placement.instance, one)
-        alive = self._active(placement.instance) in RUNNING
+        state = self._active(placement.instance)
+        alive = state in RUNNING if state else not one.memory.stopped
         before, was = one.memory, one.decision
         one.memory, one.decision = decide(self._policy, one.memory, Situation(
             now_s=now, readings=tuple(self._readings[uuid] for uuid in self._whole(placement.gpus)
@@ -197,7 +217,9 @@ class Keeper:
             age_s=max(0.0, now - self._good_at), missing=self._missing(placement),
             pool=self._pool(placement, one, now), alive=alive, enforcing=self._enforcing()))
         decision = one.decision
-        order = decision.stop or ("start" if decision.start else "")
+        if one.memory.rung >= Rung.STOP > before.rung:
+            one.before = before
+        order = decision.stop or ("start" if decision.start and decision.acts else "")
         if order and one.ordering is None and (order != one.ordered or now - one.ordered_at >= AGAIN_S):
             one.ordering = asyncio.get_running_loop().create_task(self._order(placement.instance, one, order))
         rung = was.rung if was is not None else before.rung
@@ -256,6 +278,9 @@ class Keeper:
             one.pool_at = float("-inf")
         elif now - one.pool_at >= ASK_S and one.asking is None:
             one.asking = asyncio.get_running_loop().create_task(self._ask(placement, one))
+        return self._young(placement, one, now)
+
+    def _young(self, placement: Placement, one: Watched, now: float) -> Pool:
         return one.pool if now - one.pool_at <= POOL_S else Pool(None, placement.min_serving, UNASKED)
 
     async def _ask(self, placement: Placement, one: Watched) -> None:
@@ -271,14 +296,16 @@ class Keeper:
         """Has the unit stopped or started. An instance that nobody would stop is at the least that serves."""
         try:
             one.ordered, one.ordered_at = order, self._clock()
-            await self._save()
-            one.refused = await (self._hands.start(instance) if order == "start" else self._hands.stop(instance, order))
-            if one.refused:
-                self._say(f"guard: {instance}: {order}: {one.refused}")
+            refusal = await self._hands.order(instance, order)
+            one.refused = refusal.words if refusal else ""
+            if refusal is not None:
+                self._say(f"guard: {instance}: {order}: {refusal.words}")
                 if order != "start" and not one.memory.stopped:
-                    one.memory = replace(one.memory, rung=Rung.LEAST, since_s=self._clock())
+                    one.memory = replace(
+                        one.memory, rung=Rung.LEAST, since_s=self._clock(), descents_s=one.before.descents_s,
+                        latched=one.before.latched, told_stop_s=one.memory.told_stop_s if refusal.perhaps else None)
         finally:
-            one.ordering = None
+            self._dirty, one.ordering = True, None
 
     def _tell(self, now: float) -> None:
         guarded = self._guarded()
@@ -291,7 +318,8 @@ class Keeper:
         gpus = [told.gpu(gpu, self._readings.get(gpu.get("uuid", "")), self._trends.of(gpu.get("uuid", ""), now)
                          if gpu.get("uuid") else Trend(), owners.get(gpu.get("uuid", ""), ""),
                          self._hands.limits.get(gpu.get("uuid", ""), {})) for gpu in self._gpus]
-        instances = [told.instance(placement.instance, one.memory, one.decision, one.pool, one.course, now)
+        instances = [told.instance(placement.instance, one.memory, one.decision, self._young(placement, one, now),
+                                   one.course, now)
                      for placement in guarded
                      if (one := self._watched[placement.instance]).decision is not None]
         self.document = told.document(now, self._orders.mode, self._enforcing(), self._observed_s,

@@ -98,6 +98,7 @@ class Memory:
     descents_s: tuple[float, ...] = ()  # times of the last ways down from normal, for flapping
     latched: bool = False  # it flapped: it does not climb until a person says so
     stopped: bool = False  # the guard stopped its unit
+    told_stop_s: float | None = None  # when it was told to stop, and has not been seen to end since
 
 
 @dataclass(frozen=True)

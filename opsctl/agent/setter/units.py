@@ -38,7 +38,7 @@ def _check(paths: Paths, instance: str) -> None:
     if instance not in instance_names(paths):
         raise RefusedRequest("unknown_instance", f"{instance} is not placed on this host")
     if paths.undo(instance).exists():
-        raise RefusedRequest("failed", f"a cutover of {instance} is under way: it stops and starts the unit itself")
+        raise RefusedRequest("busy", f"a cutover of {instance} is under way: it stops and starts the unit itself")
 
 
 def _order(orders: list[list[str]], run: systemd.Run) -> None:
