@@ -17,7 +17,7 @@ from opsctl.lab import state
 from opsctl.lab.gpu import trees
 from opsctl.lab.gpu.state_file import StateFile
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
 PYTHON = "/opt/opsctl/agent/bin/python3"
 OURS = ("opsctl-setter.service", "opsctl-agent.service", "opsctl-recover.service", "inference@chat.0.service")

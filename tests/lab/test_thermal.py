@@ -22,7 +22,7 @@ from opsctl.lab.load import Load, target
 from opsctl.lab.model import write_model
 from opsctl.releases.remote import HOST_PROGRAM
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.slow]  # a quarter of an hour
 
 SERVER = "gpu-1.chat.0"
 GPUS = "gpu-1=1xH200,gpu-2=1xH200,gpu-3=1xH200"
