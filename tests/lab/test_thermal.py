@@ -169,7 +169,6 @@ def test_what_heats_on_is_stopped_in_order_and_starts_again(mended: LabFleet) ->
         pause(10)
         assert load.count > count, seen  # the others serve
         assert load.in_flight(SERVER) == 0, seen
-        print("x 3.3:", seen["word"], seen["reasons"], [move["words"] for move in seen["moves"]])
     others = [record for record in load.records if record.server != SERVER]
     assert others
     assert all(record.whole for record in others), told(load)
