@@ -137,7 +137,7 @@ def test_a_dead_fan_moves_the_requests_before_the_hardware_slows(mended: LabFlee
 
 
 def test_no_cooling_to_speak_of_moves_all_requests_at_once(mended: LabFleet) -> None:
-    """Resistance x 3.3, and others have room: at 1 % and the least clocks the host holds out, and nothing is stopped."""
+    """Resistance x 3.3, and others have room: at 1 % and the least clocks the host holds out; nothing is stopped."""
     fleet = mended
     with load_on(fleet) as load:
         warmed(fleet, load)
@@ -263,7 +263,7 @@ def test_a_lost_gpu_takes_its_instance_down_by_name(mended: LabFleet) -> None:
 
 def test_a_balancer_that_starts_while_the_agent_is_dead_sends_nothing_to_who_is_drained(mended: LabFleet) -> None:
     fleet = mended
-    succeeds("drain", "gpu-1", "--wait", inventory=fleet.inventory)
+    succeeds("drain", "gpu-1", "--wait", "--yes", inventory=fleet.inventory)
     sh(fleet, "gpu-1", "systemctl stop opsctl-agent")
     try:
         sh(fleet, "ops-1", "systemctl restart haproxy")
@@ -274,4 +274,4 @@ def test_a_balancer_that_starts_while_the_agent_is_dead_sends_nothing_to_who_is_
         assert not [record for record in load.records if record.server == SERVER], told(load)
     finally:
         sh(fleet, "gpu-1", "systemctl start opsctl-agent")
-        succeeds("undrain", "gpu-1", inventory=fleet.inventory)
+        succeeds("undrain", "gpu-1", "--yes", inventory=fleet.inventory)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import random
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from opsctl.agent.guard import book
 from opsctl.agent.guard.decide import decide
 from opsctl.agent.guard.model import Decision, Memory, Policy, Pool, Reading, Rung, Situation, Trend
 
@@ -265,6 +268,41 @@ def test_a_latched_instance_may_be_stopped_and_is_not_started() -> None:
     assert "unlatch" in " ".join(decision.reasons)
 
 
+LIMITS = {"H200": (-2, -8), "T4": (-8, -11), "B200": (-3, -5)}
+
+
+def goes(memory: Memory, now_s: float, model: str, course: list[tuple[int, float]]) -> tuple[Memory, Decision, float]:
+    """(seconds, margin) after each other; the engine stops five seconds after it was told to, and starts when told."""
+    slowdown, shutdown = LIMITS[model]
+    ends_s, alive = float("inf"), not memory.stopped
+    for seconds, margin in course:
+        reading = gpu(margin, slowdown_margin_c=slowdown, shutdown_margin_c=shutdown)
+        for _ in range(seconds * 2):
+            now_s += 0.5
+            alive = alive and now_s < ends_s
+            now = situation(reading, trend=Trend(-0.1), alive=alive, now_s=now_s)
+            memory, decision = decide(POLICY, memory, now)
+            ends_s = min(ends_s, now_s + 5) if decision.stop else ends_s
+            if decision.start:
+                alive, ends_s = True, float("inf")
+    return memory, decision, now_s
+
+
+@pytest.mark.parametrize("model", LIMITS)
+def test_a_room_that_slowly_heats_up_stops_an_instance_and_does_not_latch_it(model: str) -> None:
+    slowdown = LIMITS[model][0]
+    worst = {"H200": -4, "T4": -10, "B200": -4}[model]
+    slowly = [(60, margin) for margin in range(6, worst, -1)] + [(20, worst)]
+    memory, decision, now_s = goes(at(NORMAL), NOW_S, model, slowly)
+    assert (memory.stopped, memory.latched, len(memory.descents_s)) == (True, False, 2)
+    memory, decision, now_s = goes(memory, now_s, model, [(60, 15)])
+    assert (memory.stopped, memory.latched, decision.down) == (False, False, "")  # the room is cool: it serves again
+    cool, _, _ = goes(memory, now_s, model, [(200, 15)])
+    assert cool.rung == NORMAL
+    memory, _, _ = goes(memory, now_s, model, [(60, slowdown), (20, worst)])  # and a second time, at once
+    assert (memory.stopped, memory.latched) == (True, True)
+
+
 def test_a_second_stop_latches() -> None:
     once = at(LEAST, descents_s=(NOW_S - 10,))
     after, _ = decide(POLICY, once, situation(gpu(-4)))
@@ -291,10 +329,91 @@ def test_what_the_guard_stopped_stays_down_while_it_is_hot_and_is_not_stopped_ag
 
 def test_what_drains_stays_told_to_stop_and_what_was_never_stopped_comes_back() -> None:
     """On a higher rung nobody would start it again; but a setter that is down must not keep a cool instance away."""
-    memory, decision = run(at(STOP, 1), situation(gpu(20)), 500)
-    assert (memory.rung, decision.stop) == (STOP, "drain")
-    memory, decision = run(memory, replace(situation(gpu(20)), now_s=NOW_S + 500), 150)
+    memory, decision = run(at(STOP, 1), situation(gpu(20)), 719)
+    assert (memory.rung, decision.down, decision.weight) == (STOP, "too hot: stopping", 1)
+    memory, decision = run(memory, replace(situation(gpu(20)), now_s=NOW_S + 720), 31)
     assert (memory.rung, memory.stopped, decision.stop, decision.down) == (SLOWED, False, "", "")
+
+
+def test_the_order_to_stop_is_said_for_some_seconds_and_each_minute_while_it_is_too_hot() -> None:
+    def said(margin: float, seconds: int) -> list[tuple[int, str]]:
+        memory, found = at(LEAST), []
+        for n in range(seconds):
+            now = situation(gpu(-4 if n == 0 else margin), trend=Trend(-0.1))
+            memory, decision = decide(POLICY, memory, replace(now, now_s=NOW_S + n))
+            assert decision.down == "too hot: stopping"
+            found += [(n, decision.stop)] if decision.stop else []
+        return found
+
+    assert said(-3, 300) == [(n, "drain") for n in range(5)]
+    assert [n for n, _ in said(-5, 130)] == [*range(5), *range(60, 65), *range(120, 125)]
+    assert said(-7, 50) == [(0, "drain"), *((n, "now") for n in range(1, 6))]  # it escalates at once
+
+
+@pytest.mark.parametrize("drain_s", [2, 30, 655])
+@pytest.mark.parametrize("observes", [False, True])
+def test_a_stop_is_the_guards_however_long_it_takes_and_whatever_becomes_of_the_mode(drain_s: int, observes: bool
+                                                                                    ) -> None:
+    """A person goes to observe while it drains, and back when it has stopped."""
+    memory, decision = decide(POLICY, at(LEAST), situation(gpu(-4)))
+    assert (decision.stop, memory.told_stop_s) == ("drain", NOW_S)
+    draining = replace(situation(gpu(20), enforcing=not observes), now_s=NOW_S + 1)
+    memory, decision = run(memory, draining, drain_s)
+    assert (memory.stopped, decision.weight) == (False, 1)
+    ended = replace(situation(gpu(20), alive=False, enforcing=not observes), now_s=NOW_S + drain_s + 2)
+    memory, decision = decide(POLICY, memory, ended)
+    assert (memory.stopped, memory.told_stop_s, decision.down) == (True, None, "too hot: stopped by the guard")
+    enforces = replace(situation(gpu(20), alive=False), now_s=NOW_S + drain_s + 3)
+    assert run(memory, enforces, 30)[1].start
+
+
+def test_what_long_outlived_its_order_may_climb_in_observe_mode_too() -> None:
+    memory, _ = decide(POLICY, at(LEAST), situation(gpu(-4)))
+    now = replace(situation(gpu(20), enforcing=False), now_s=NOW_S + 1)
+    memory, decision = run(memory, now, 718)
+    assert (memory.rung, decision.reasons) == (LEAST, ("Stays at least: told to stop 719 s ago.",))
+    memory, _ = run(memory, replace(now, now_s=NOW_S + 720), 100)
+    assert (memory.rung, memory.told_stop_s) == (NORMAL, None)
+    gone = replace(now, alive=False, now_s=NOW_S + 900)
+    assert not decide(POLICY, memory, gone)[0].stopped  # somebody else stopped it
+
+
+def test_a_stop_that_seemed_to_fail_is_the_guards_and_one_that_was_refused_is_not() -> None:
+    """The setter may be slow to answer, and systemd does it all the same; a refusal is believed."""
+    before = at(LEAST, descents_s=(NOW_S - 10,))
+    told, _ = decide(POLICY, before, situation(gpu(-4)))
+    failed = replace(told, rung=LEAST, since_s=NOW_S + 5)
+    ended = replace(situation(gpu(20), alive=False), now_s=NOW_S + 60)
+    assert decide(POLICY, failed, ended)[0].stopped
+    refused = replace(failed, told_stop_s=None, descents_s=before.descents_s, latched=before.latched)
+    assert not decide(POLICY, refused, ended)[0].stopped
+    memory, decision = run(refused, replace(situation(gpu(-4)), now_s=NOW_S + 5), 2)
+    assert (memory.rung, decision.stop, len(memory.descents_s)) == (STOP, "drain", 2)  # it is tried again, and counts
+
+
+def test_a_stop_under_way_lasts_through_a_restart() -> None:
+    memory, _ = decide(POLICY, at(LEAST), situation(gpu(-4)))
+    assert book.memory(json.loads(json.dumps(dataclasses.asdict(memory)))) == memory
+    old = {"rung": 4, "since_s": NOW_S, "descents_s": [NOW_S]}  # of an agent from before
+    assert decide(POLICY, book.memory(old), situation(gpu(20), alive=False))[0].stopped
+
+
+def test_stops_that_are_refused_again_and_again_do_not_latch() -> None:
+    memory = at(NORMAL)
+    for n in range(600):
+        memory, decision = decide(POLICY, memory, replace(situation(gpu(-5)), now_s=NOW_S + n))
+        if decision.stop:
+            memory = replace(memory, rung=LEAST, since_s=NOW_S + n, told_stop_s=None)
+    assert (memory.latched, len(memory.descents_s)) == (False, 2)
+
+
+def test_observing_starts_nothing_and_says_who_must() -> None:
+    stopped = at(STOP, 10, stopped=True)
+    memory, decision = run(stopped, situation(gpu(20), alive=False, enforcing=False), 60)
+    assert (memory.stopped, decision.start) == (True, False)
+    assert "start it by hand, or type `opsctl guard mode enforce`" in decision.reasons[0]
+    then = replace(situation(gpu(20), alive=False), now_s=NOW_S + 61)
+    assert decide(POLICY, memory, then)[1].start
 
 
 def test_who_starts_a_stopped_instance_is_believed() -> None:
@@ -376,7 +495,8 @@ def anything(chance: random.Random) -> tuple[Memory, Situation]:
     rung = chance.choice(list(Rung))
     memory = Memory(rung, NOW_S - chance.uniform(-10, 100), chance.choice((None, NOW_S - chance.uniform(-10, 100))),
                     tuple(NOW_S - chance.uniform(-10, 3000) for _ in range(chance.randrange(5))),
-                    chance.random() < 0.3, chance.random() < 0.3)
+                    chance.random() < 0.3, chance.random() < 0.3, chance.random() < 0.3, None,
+                    chance.choice((None, NOW_S - chance.uniform(-10, 1000))))
     gpus = [Reading(f"GPU-{n}", n, NOW_S, chance.choice(("ok", "ok", "ok", "ok", "lost", "unreadable")),
                     margin_c=chance.randrange(-12, 40), memory_margin_c=chance.choice((None, chance.randrange(-9, 30))),
                     reasons=chance.choice((0, 1, SW, HW, BRAKE))) for n in range(chance.randrange(5))]
@@ -404,10 +524,10 @@ def test_whatever_happens_some_things_never_do() -> None:
             assert pool and fresh and now.alive and now.enforcing and memory.rung >= LEAST
             assert decision.stop == "drain" or memory.rung >= STOP
         if decision.start:
-            assert after.stopped and not after.latched and fresh and not now.alive
+            assert after.stopped and not after.latched and fresh and not now.alive and now.enforcing
         if decision.down:
             assert decision.down.isascii() and decision.down.isprintable()
-            assert "lost" in decision.down or decision.stop or after.stopped
+            assert "lost" in decision.down or after.rung >= STOP or after.stopped
         if memory.latched and not memory.stopped and now.enforcing:
             assert after.rung >= min(memory.rung, SLOWED)
         if not fresh:

@@ -106,3 +106,41 @@ def test_each_gpu_has_its_own() -> None:
         trends.see([Reading("b", 1, n / 4, margin_c=30, margin_source="margin_api"), Reading("c", 2, n / 4, "lost")])
     assert trends.of("b", 3.0) == Trend(0.0, None)
     assert trends.of("c", 3.0) == Trend() == trends.of("unknown", 3.0)
+
+
+@pytest.mark.parametrize("period", [1.4, 1.55, 1.6, 2.0, 2.5, 3.0, 4.0])
+def test_a_reader_that_is_slow_tells_a_slope_all_the_time(period: float) -> None:
+    """Else nothing climbs or starts any more, for without a slope nobody is calm."""
+    shaken = random.Random(2)  # noqa: S311 - a repeatable run
+    for slope in (0.0, 1.0):
+        trends, at_s = Trends(), 0.0
+        for n in range(40):
+            at_s += period * shaken.uniform(0.9, 1.1)
+            trends.see([Reading("a", 0, at_s, margin_c=60 - math.floor(slope * at_s), margin_source="margin_api")])
+            for later in (0.0, period / 2, period):
+                found = trends.of("a", at_s + later).slope_c_per_s
+                if n >= 4:
+                    assert found == pytest.approx(slope, abs=0.4)
+
+
+@pytest.mark.parametrize("period", [1.6, 2.0, 3.0, 4.0])
+def test_flicker_of_one_degree_is_no_slope_for_a_slow_reader(period: float) -> None:
+    chance = random.Random(3)  # noqa: S311 - a repeatable run
+    trends, slopes = Trends(), set()
+    for n in range(500):
+        margin = 7 - chance.choice((0, 1))
+        trends.see([Reading("a", 0, n * period, margin_c=margin, margin_source="margin_api")])
+        slopes.add(trends.of("a", n * period).slope_c_per_s)
+    assert slopes == {None, 0.0}
+
+
+def test_a_slow_reader_sees_a_loss_of_cooling() -> None:
+    points = [(n * 2.0, 75.0) for n in range(5)] + [(10.0, 79.0), (12.0, 82.0)]
+    left = seen(points).of("a", 12.0).time_to_slowdown_s
+    assert left is not None and left < 6
+
+
+def test_one_look_that_hung_does_not_make_a_reader_slow() -> None:
+    trends = seen([(0.0, 70), (1.0, 70), (2.0, 70), (7.0, 85), (8.0, 85)])
+    assert trends.of("a", 8.0) == Trend(None, None)
+    assert seen([(0.0, 70), (1.0, 70), (2.0, 70)]).of("a", 4.7) == Trend()

@@ -17,7 +17,9 @@ from opsctl.agent.guard.model import Decision, Memory, Policy, Rung, Situation, 
 HALF_WEIGHT = 50
 TOLD_GPUS = 3
 LATCHED_TRIES = 2
-NOT_OBEYED_S = 600.0  # whoever still runs so long after it was told to stop, was not told: the setter is down
+STOP_TAKES_S = 720.0  # the unit allows a drain 660; who still runs then was not told: the setter is down
+SAY_STOP_S = 5.0  # an order may come while another is under way: so long each look says it
+STOP_AGAIN_S = 60.0
 STOPPING, STOPPED = "too hot: stopping", "too hot: stopped by the guard"
 
 
@@ -73,18 +75,26 @@ class _Seen:
 
 def _alive(policy: Policy, memory: Memory, situation: Situation, seen: _Seen) -> tuple[Memory, Decision]:
     after, notes = _moved(policy, memory, situation, seen)
-    rung, stop, down = after.rung, "", ""
-    if rung >= Rung.STOP:  # ordered again each time, for as long as it may be: the one before may have been refused
+    decision = Decision(after.rung, seen.wanted, 100)
+    if after.rung >= Rung.STOP:
         refused = _no_stop(situation)
         if refused:
             notes.append(f"It was told to stop, and is not told again: {refused}.")
-        elif rung == Rung.STOP_NOW:
-            stop, down = "now", STOPPING
         else:
-            stop, down = "drain", STOPPING
-    decision = _decision(policy, after, situation, seen, Decision(
-        rung, seen.wanted, 100, down, stop=stop))  # type: ignore[arg-type]
+            after, said = _told_to_stop(after, situation.now_s, seen)
+            decision = replace(decision, down=STOPPING)
+            if said:
+                decision = replace(decision, stop="now" if after.rung == Rung.STOP_NOW else "drain")
+    decision = _decision(policy, after, situation, seen, decision)
     return after, replace(decision, reasons=(*decision.reasons, *notes))
+
+
+def _told_to_stop(memory: Memory, now_s: float, seen: _Seen) -> tuple[Memory, bool]:
+    """Whether to say so now: on coming to this rung, and again while it is too hot, for an order may get lost."""
+    told_s = memory.told_stop_s
+    if told_s is None or told_s < memory.since_s or (now_s - told_s >= STOP_AGAIN_S and seen.wanted >= Rung.STOP):
+        return replace(memory, told_stop_s=now_s), True
+    return memory, now_s - told_s < SAY_STOP_S
 
 
 def _moved(policy: Policy, memory: Memory, situation: Situation, seen: _Seen) -> tuple[Memory, list[str]]:
@@ -105,18 +115,18 @@ def _moved(policy: Policy, memory: Memory, situation: Situation, seen: _Seen) ->
         if memory.rung != Rung.LEAST or len(memory.descents_s) >= policy.flap_descents + LATCHED_TRIES:
             return _at(memory, situation, calm=False), notes
     after = _at(memory, situation, calm=seen.calm and seen.wanted < memory.rung)
-    # What was told to stop and drains stays there: nobody would start again what ends on a higher rung.
-    stopping = memory.rung >= Rung.STOP and now_s - memory.since_s < NOT_OBEYED_S
-    if memory.rung == Rung.NORMAL or stopping:
+    if memory.rung == Rung.NORMAL or memory.rung >= Rung.STOP:  # what drains stays there until it has ended
         return after, notes
-    if after.calm_since_s is None:
-        if seen.wanted < memory.rung:
+    if after.calm_since_s is None or memory.told_stop_s is not None:
+        if memory.told_stop_s is not None:  # it may drain still, though its order failed or the mode changed
+            notes.append(f"Stays at {memory.rung.word}: told to stop {now_s - memory.told_stop_s:.0f} s ago.")
+        elif seen.wanted < memory.rung:
             notes.append(f"Stays at {memory.rung.word}: {_why_no_climb(policy, seen)}.")
         return after, notes
     calm_s = now_s - after.calm_since_s
     above = _above(memory.rung)
     if calm_s >= policy.climb_dwell_s:
-        return replace(after, rung=above, since_s=now_s, calm_since_s=now_s), [
+        return replace(after, rung=above, since_s=now_s, calm_since_s=now_s, climbed=True), [
             *notes, f"Calm for {calm_s:.0f} s: up to {above.word}."]
     notes.append(f"Calm for {calm_s:.0f} s; up to {above.word} after {policy.climb_dwell_s:g} s.")
     return after, notes
@@ -155,11 +165,12 @@ def _stopped(policy: Policy, memory: Memory, situation: Situation, seen: _Seen) 
         words = f"Stopped by the guard. {_latch_words(policy, memory)}"
     elif after.calm_since_s is not None:
         calm_s = situation.now_s - after.calm_since_s
-        start = calm_s >= policy.climb_dwell_s
-        words = f"Stopped by the guard; calm for {calm_s:.0f} s: " + (
-            "it may run again." if start else f"it may run again after {policy.climb_dwell_s:g} s.")
-        if start and not situation.enforcing:
-            words += " The guard only observes now: a person must start it."
+        cool = calm_s >= policy.climb_dwell_s
+        start = cool and situation.enforcing
+        words = f"Stopped by the guard; calm for {calm_s:.0f} s: it may run again" + (
+            "." if cool else f" after {policy.climb_dwell_s:g} s.")
+        if not situation.enforcing:
+            words += " The guard only observes now: start it by hand, or type `opsctl guard mode enforce`."
     decision = _decision(policy, after, situation, seen, Decision(
         memory.rung, seen.wanted, 100, STOPPED, start=start))
     return after, replace(decision, reasons=(words, *decision.reasons))
@@ -208,28 +219,36 @@ def _caught_up(policy: Policy, memory: Memory, situation: Situation) -> Memory:
     if not memory.latched and len(descents) >= policy.flap_descents:  # a person lifted the latch
         descents = ()
     memory = replace(memory, descents_s=descents)
-    if memory.stopped and situation.alive:  # started, by the guard's order or by somebody: it comes back at LEAST
-        return replace(memory, stopped=False, rung=Rung.LEAST, since_s=now_s, calm_since_s=None)
-    if memory.rung >= Rung.STOP and not situation.alive:
-        return memory if memory.stopped else replace(memory, stopped=True, rung=Rung.STOP, since_s=now_s,
-                                                     calm_since_s=None)
-    if memory.rung >= Rung.STOP and not situation.enforcing:
+    told_s = memory.since_s if memory.told_stop_s is None else memory.told_stop_s
+    over = not 0 <= now_s - told_s < STOP_TAKES_S
+    if over:
+        memory = replace(memory, told_stop_s=None)
+    if not situation.alive:
+        # On any rung, in any mode, also when the order seemed to fail: nobody else would start what the guard ended.
+        if memory.stopped or (memory.rung < Rung.STOP and memory.told_stop_s is None):
+            return memory
+        return replace(memory, stopped=True, rung=Rung.STOP, since_s=now_s, calm_since_s=None, told_stop_s=None)
+    if memory.stopped:  # started, by the guard's order or by somebody: it comes back at LEAST
+        return replace(memory, stopped=False, rung=Rung.LEAST, since_s=now_s, calm_since_s=None, climbed=True,
+                       told_stop_s=None)
+    if memory.rung >= Rung.STOP and (over or not situation.enforcing):
         return replace(memory, rung=Rung.LEAST, since_s=now_s, calm_since_s=None)
     return memory
 
 
 def _descended(policy: Policy, memory: Memory, rung: Rung, now_s: float) -> Memory:
-    """One way down may take several steps: a new one begins at normal, or so late that there was time to climb.
+    """One way down may take many steps, however slow: a new one begins at normal, or after a climb.
 
-    A stop counts as one more: the second within the window latches.
+    A stop counts as one more, once for each way down: the second within the window latches.
     """
-    descents = memory.descents_s
-    if memory.rung == Rung.NORMAL or not descents or now_s - descents[-1] >= policy.climb_dwell_s:
-        descents = (*descents, now_s)
-    if memory.rung < Rung.STOP <= rung:
-        descents = (*descents, now_s)
+    descents, counted_s = memory.descents_s, memory.stop_counted_s
+    if memory.rung == Rung.NORMAL or memory.climbed or not descents:
+        descents, counted_s = (*descents, now_s), None
+    if memory.rung < Rung.STOP <= rung and counted_s not in descents:
+        descents, counted_s = (*descents, now_s), now_s
     latched = memory.latched or len(descents) >= policy.flap_descents
-    return replace(memory, rung=rung, since_s=now_s, calm_since_s=None, descents_s=descents, latched=latched)
+    return replace(memory, rung=rung, since_s=now_s, calm_since_s=None, descents_s=descents, latched=latched,
+                   climbed=False, stop_counted_s=counted_s)
 
 
 def _at(memory: Memory, situation: Situation, *, calm: bool) -> Memory:

@@ -98,7 +98,9 @@ class Memory:
     descents_s: tuple[float, ...] = ()  # times of the last ways down from normal, for flapping
     latched: bool = False  # it flapped: it does not climb until a person says so
     stopped: bool = False  # the guard stopped its unit
-    told_stop_s: float | None = None  # when it was told to stop, and has not been seen to end since
+    climbed: bool = False  # since its last way down: the next one counts
+    stop_counted_s: float | None = None  # of descents_s, the one that this way down has for its stop
+    told_stop_s: float | None = None  # when its unit was last told to stop, until it did or has not
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,8 @@ class Decision:
 
     ``weight`` per cent, between 1 and 100; ``down``: not empty, the instance cannot serve, and why. ``clock_percent``:
     of the highest clock; None: leave the clocks to the driver. In observe mode clocks and stops are decided, and
-    ``acts`` is False: whoever carries it out leaves them alone. ``start``: the unit that the guard stopped may run
-    again.
+    ``acts`` is False: whoever carries it out leaves them alone. ``start``: the unit that the guard stopped is to
+    run again; never in observe mode. ``stop`` is said for some seconds, and again each minute while it helps.
     """
 
     rung: Rung
