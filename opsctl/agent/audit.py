@@ -7,6 +7,7 @@ import os
 import pwd
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 JOURNAL = Path("/run/systemd/journal/socket")
@@ -29,10 +30,9 @@ def message(user: str, verb: str, what: Mapping[str, object]) -> str:
 
 
 def record(verb: str, what: Mapping[str, object], journal: Path = JOURNAL) -> None:
-    """Writes the line by the journal's own protocol; on a machine without a journal there is nowhere to write."""
-    if not journal.exists():
-        return
+    """Writes the line by the journal's own protocol. Never waits and never raises: without a journal, or with one that
+    hears nothing now, there is nowhere to write, and the act comes first."""
     text = message(operator(os.environ), verb, what)
     fields = f"MESSAGE={text}\nSYSLOG_IDENTIFIER={IDENTIFIER}\nPRIORITY=5\n"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as channel:
         channel.sendto(fields.encode(), str(journal))

@@ -28,7 +28,8 @@ OF_GUARD = ("memory_margin_c", "slope_c_per_s", "time_to_slowdown_s", "clock_mhz
 
 
 def look(paths: Paths, now: float) -> dict[str, Any] | None:
-    """The guard's document with ``age_s``, ``sample_age_s`` (null: not known) and ``words``, empty when it is young.
+    """The guard's document with ``age_s``, ``sample_age_s`` (null: not known), ``words``, empty when it is young, and
+    ``ordered``, the mode of the last order: the guard reads orders a few seconds late, and ``mode`` is what it goes by.
 
     None: neither guard nor reader ever said anything here. ``now`` is the boot clock's.
     """
@@ -49,13 +50,15 @@ def look(paths: Paths, now: float) -> dict[str, Any] | None:
         words = f"the guard said nothing{since}: {LOOK}"
     gpus = [{**one, "power_limit_w": devices.get(one.get("uuid"), {}).get("power_limit_w")} for one in said["gpus"]]
     return {**{key: value for key, value in said.items() if key != "at_boot_s"}, "gpus": gpus, "age_s": age_s,
-            "sample_age_s": sample_age_s, "words": words}
+            "ordered": orders(paths)["mode"], "sample_age_s": sample_age_s, "words": words}
 
 
 def nothing(paths: Paths, words: str) -> dict[str, Any]:
     """The document of a host whose guard says nothing; its mode is what an operator ordered."""
-    return {"schema": SCHEMA, "mode": orders(paths)["mode"], "enforcing": False, "observed_s": 0.0, "observe_s": None,
-            "setter": "", "gpus": [], "instances": [], "age_s": None, "sample_age_s": None, "words": words}
+    ordered = orders(paths)["mode"]
+    return {"schema": SCHEMA, "mode": ordered, "ordered": ordered, "enforcing": False, "observed_s": 0.0,
+            "observe_s": None, "setter": "", "gpus": [], "instances": [], "age_s": None, "sample_age_s": None,
+            "words": words}
 
 
 def orders(paths: Paths) -> dict[str, Any]:

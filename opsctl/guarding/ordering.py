@@ -19,7 +19,7 @@ from opsctl.releases.remote import ask
 
 @dataclass(frozen=True)
 class Change:
-    """What a mode means for one host. ``changed`` False: it is in that mode."""
+    """What a mode means for one host. ``changed`` False: it was the last order there."""
 
     host: str
     before: str
@@ -38,9 +38,11 @@ def _change(host: str, answer: Mapping[str, Any], mode: str) -> Change:
     enforces = mode == "enforce" or (mode == "auto" and answer["observe_s"] is not None and left_s == 0)
     after = {"observe": "observes", "enforce": "enforces"}.get(mode, "enforces (auto)" if enforces else
                                                                f"observes (auto, {hours(left_s)} more)")
-    if answer["mode"] == mode:
-        return Change(host, mode_words(answer), mode_words(answer), "", changed=False)
-    return Change(host, mode_words(answer), after, _effect(answer, enforces=enforces), changed=True)
+    ordered = answer.get("ordered")  # an agent of before does not tell
+    now = mode_words(answer) + (f", {ordered} is ordered" if ordered not in (None, answer["mode"]) else "")
+    if ordered == mode:  # not the mode it goes by: it reads its orders a few seconds late
+        return Change(host, now, now, "", changed=False)
+    return Change(host, now, after, _effect(answer, enforces=enforces), changed=True)
 
 
 def _effect(answer: Mapping[str, Any], *, enforces: bool) -> str:
@@ -50,7 +52,8 @@ def _effect(answer: Mapping[str, Any], *, enforces: bool) -> str:
     held = [one for one in answer["instances"] if one["clock_percent"] is not None]
     if not enforces:
         words = [f"{one['instance']}: clocks free again" for one in held]
-        words += [f"{one['instance']}: may start again" for one in answer["instances"] if one["stopped"]]
+        words += [f"{one['instance']}: stays stopped until you start it there (systemctl start "
+                  f"inference@{one['instance']}) or order enforce" for one in answer["instances"] if one["stopped"]]
         return "; ".join(words) or "from now on clocks and units are left alone"
     words = [f"{one['instance']}: clocks at most {one['clock_percent']} %" for one in held]
     words += [f"{one['instance']}: stopped ({one['stop']})" for one in answer["instances"] if one["stop"]]

@@ -46,7 +46,7 @@ def seen(age_s: float | None = 0.4, sample_age_s: float | None = 0.6, words: str
     found = document(**changes)
     found.pop("at_boot_s")
     found["gpus"] = [{"power_limit_w": 700.0, **one} for one in found["gpus"]]
-    return {**found, "age_s": age_s, "sample_age_s": sample_age_s, "words": words}
+    return {**found, "ordered": found["mode"], "age_s": age_s, "sample_age_s": sample_age_s, "words": words}
 
 
 def hot(index: int = 0, margin_c: float = -1.0, **changes: Any) -> dict[str, Any]:

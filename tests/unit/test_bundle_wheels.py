@@ -77,7 +77,7 @@ def test_the_wheel_holds_what_hosts_run(wheel: Path) -> None:
     assert "vllm_versions.csv" in data
     assert "opsctl/agent/pyproject.toml" not in names
     needs = {line.split()[1].split(">")[0] for line in metadata.splitlines() if line.startswith("Requires-Dist")}
-    assert needs == {one.name for one in agent_lock().requirements} == {"nvidia-ml-py", "prometheus-client"}
+    assert needs == {one.name for one in agent_lock().requirements} == {"nvidia-ml-py"}
     assert "opsctl/agent/agent.lock" in names
     assert "Requires-Python: >=3.10" in metadata
     assert {line.split(" ")[0] for line in entry_points.splitlines() if "=" in line} \
@@ -106,7 +106,7 @@ def test_the_requirement_is_hashed(wheel: Path) -> None:
 
 def test_all_that_hosts_install_is_pinned_and_hashed(wheel: Path) -> None:
     found = wanted_lock("opsctl-agent.txt", requirements(wheel)).requirements
-    assert [one.name for one in found] == ["opsctl-agent", "nvidia-ml-py", "prometheus-client"]
+    assert [one.name for one in found] == ["opsctl-agent", "nvidia-ml-py"]
     assert all(one.version and one.digests for one in found)
 
 

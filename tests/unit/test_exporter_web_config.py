@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import shutil
 import socket
 import ssl
 import subprocess
@@ -185,13 +186,42 @@ def test_a_changed_file_counts_and_a_wrong_one_serves_nobody(tmp_path: Path, tls
         assert "cannot be used" in one.said[-1]
         own.write_bytes((tls / "host.key").read_bytes())
         await one.until(200, scheme="https", context=trusting(tls))
-        (one.etc / "web.toml").unlink()
-        await one.until(200)
     serve(tmp_path, work)
 
 
+@pytest.mark.parametrize("text", [f'basic_auth_users = ["prometheus:{CHEAP}"]\n', "nonsense"])
+def test_a_file_that_goes_away_opens_nothing_until_the_agent_begins_anew(tmp_path: Path, text: str) -> None:
+    async def work(one: Served) -> None:
+        await one.until(401 if text != "nonsense" else "refused")
+        (one.etc / "web.toml").unlink()
+        await one.until("refused")
+        for _ in range(20):
+            assert "refused" in str(await one.get())
+            await asyncio.sleep(0.01)
+        assert "was there and is gone" in one.said[-1]
+        assert "systemctl restart opsctl-agent" in one.said[-1]
+        one.write(f'basic_auth_users = ["prometheus:{CHEAP}"]\n')
+        await one.until(401)
+        assert await one.get(Authorization=basic("prometheus:secret")) == 200
+    serve(tmp_path, work, text)
+
+    async def anew(one: Served) -> None:
+        await one.until(200)
+    shutil.rmtree(tmp_path / "etc")
+    serve(tmp_path, anew)
+
+
+def test_a_link_to_nothing_is_not_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "web.toml"
+    path.symlink_to("web.toml.new")
+    with pytest.raises(ConfigurationError, match=r"web\.toml"):
+        web_config.read(path)
+
+
 @pytest.mark.parametrize(("text", "words"), [
-    ("nonsense", "cannot be read"), ("tls = 1", "there is no key tls"),
+    ("", "guards nothing"), ("# basic_auth_users = ['x']\n", "guards nothing"),
+    ("basic_auth_users = []\n", "basic_auth_users is empty"), ("nonsense", "cannot be read"),
+    ("tls = 1", "there is no key tls"),
     ("cert_file = 3", "cert_file is 3, expected text"),
     ('basic_auth_users = "x"', "expected a list"), ('cert_file = "a"', "cert_file is there, and key_file is not"),
     ('key_file = "a"', "key_file is there, and cert_file is not"),

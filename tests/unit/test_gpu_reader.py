@@ -221,6 +221,15 @@ def test_a_thermal_line_is_younger_than_the_sample_until_the_next_one() -> None:
     assert found.gpus_now() == [gpu(0)]
 
 
+@pytest.mark.parametrize("state", ["lost", "unreadable"])
+def test_a_gpu_keeps_its_parts_when_a_quick_line_has_only_errors(state: str) -> None:
+    part = {"id": 1, "profile": "1g.18gb", "uuid": "MIG-1"}
+    found = both([gpu(0, mig=[{**part, "memory_used_mib": 100.0}])],
+                 [{"index": 0, "uuid": "GPU-0", "pci": "p0", "state": state, "words": "Unknown Error"}])
+    (one,) = found.gpus_now()
+    assert (one["state"], one["mig"]) == (state, [part])  # and no old values of theirs
+
+
 def test_a_gpu_that_is_lost_between_two_samples_has_no_old_values() -> None:
     found = both([gpu(0, power_w=400.0), gpu(1, power_w=400.0, thresholds_c={"slowdown": 89})],
                  [near(0), {"index": 1, "state": "lost", "words": "fell off the bus"}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,46 @@ def test_an_nvml_that_cannot_be_asked(code: int, state: str) -> None:
     with pytest.raises(GoneError) as error:
         Nvml(Played({"init": code})).start()
     assert error.value.state == state
+
+
+PART = {"id": 0, "profile": "NVIDIA H200", "uuid": "GPU-0"}  # this NVML names a part as it names a GPU
+
+
+def cut_gpu() -> tuple[Nvml, sample.Gpu]:
+    """A GPU with one part, which was seen a sample ago."""
+    nvml = Nvml(Played({"answers": {"nvmlDeviceGetMigMode": (1, 1), "nvmlDeviceGetMaxMigDeviceCount": 1,
+                                    "nvmlDeviceGetMigDeviceHandleByIndex": ctypes.c_void_p(1),
+                                    "nvmlDeviceGetGpuInstanceId": 0}}))
+    gpu = sample.open_gpus(nvml)[0]
+    (part,) = sample.sample(nvml, gpu)["mig"]
+    assert PART.items() < part.items()
+    gpu.turn = 0
+    return nvml, gpu
+
+
+@pytest.mark.parametrize("name", ["MigMode", "MaxMigDeviceCount", "MigDeviceHandleByIndex", "GpuInstanceId", "UUID"])
+def test_parts_that_cannot_be_read_once_are_the_last_known_ones(name: str) -> None:
+    nvml, gpu = cut_gpu()
+
+    def broken(*_: Any) -> None:
+        raise Played.NVMLError(999)
+    setattr(nvml.library, f"nvmlDeviceGet{name}", broken)
+    found = sample.sample(nvml, gpu)
+    assert (found["mig"], found["state"]) == ([PART], "ok")
+    assert "Unknown Error" in found["words"]
+
+
+def test_parts_that_are_gone_are_gone() -> None:
+    nvml, gpu = cut_gpu()
+    nvml.library._orders = {}
+    assert "mig" not in sample.sample(nvml, gpu)
+
+
+def test_a_lost_gpu_is_said_with_its_parts() -> None:
+    nvml, gpu = cut_gpu()
+    nvml.library._orders = {"lost": [0]}
+    lost = sample.sample(nvml, gpu)
+    assert (lost["state"], lost["mig"]) == ("lost", [PART])
 
 
 def test_an_answer_that_is_neither_is_said() -> None:

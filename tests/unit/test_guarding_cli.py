@@ -168,6 +168,9 @@ def test_mode_asks_changes_and_is_content(place: Place) -> None:
     assert "@" in orders["by"]
     place.says(mode="enforce")
     assert place.document("guard", "mode", "enforce")["changed"] == 0  # nothing to ask
+    assert place.document("guard", "mode", "observe", "--yes")["hosts"] == ["one"]
+    assert place.document("guard", "mode", "enforce", "--yes")["hosts"] == ["one"]  # before the guard read the first
+    assert place.orders()["mode"] == "enforce"
     assert "invalid" in place.opsctl("guard", "mode", "full-speed").stderr.lower()
 
 

@@ -57,6 +57,15 @@ def test_the_document_is_passed_on_with_its_age(tmp_path: Path) -> None:
     assert "at_boot_s" not in found
 
 
+def test_what_is_ordered_is_told_besides_what_the_guard_goes_by(tmp_path: Path) -> None:
+    paths = Paths(tmp_path)
+    assert guard_view.answer(paths, 5000.0)["ordered"] == "auto"
+    write(paths.guard, guard_kit.document(mode="enforce"))
+    write(paths.guard_orders, {"mode": "observe"})
+    found = guard_view.answer(paths, 5000.0)
+    assert (found["mode"], found["ordered"]) == ("enforce", "observe")
+
+
 @pytest.mark.parametrize(("now", "words"), [
     (5005.0, ""),
     (5006.0, "the guard said nothing for 6 s: systemctl status opsctl-agent"),

@@ -74,6 +74,17 @@ def test_guard_mode() -> None:
     check("guard-mode", text)
 
 
+@pytest.mark.parametrize(("mode", "ordered", "now", "changed"), [
+    ("enforce", "enforce", "enforces", False), ("enforce", "observe", "enforces, observe is ordered", True),
+    ("observe", "enforce", "enforces", True), ("observe", "observe", "enforces, observe is ordered", False),
+    ("enforce", None, "enforces", True),  # an agent of before does not tell
+])
+def test_a_mode_is_ordered_unless_it_is_the_last_order(mode: str, ordered: str | None, now: str, changed: bool) -> None:
+    told = seen(mode="enforce") | {"ordered": ordered}
+    (one,) = changes({"gpu-1": told}, mode)
+    assert (one.before, one.changed) == (now, changed)
+
+
 def test_top() -> None:
     rows = gpu_rows(GPUS, ANSWERS)
     quiet = silent(FLEET.hosts, {"ops-1": OPS_GONE})

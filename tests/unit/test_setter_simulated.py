@@ -166,7 +166,7 @@ def test_clocks_are_set_and_given_back(setter: Setter) -> None:
     assert setter.written()["gpus"] == {}
     assert client.ask("state")["gpus"] == {}
     said, _ = setter.program("state", stdout=subprocess.PIPE).communicate(timeout=10)
-    assert json.loads(said) == {"ok": True, "held": True, "hangs": [], "gpus": {}}
+    assert json.loads(said) == {"ok": True, "held": False, "hangs": [], "gpus": {}}, "it is there, and holds nothing"
 
 
 def test_clocks_above_the_highest_are_the_highest(setter: Setter) -> None:
@@ -185,14 +185,16 @@ def test_clocks_below_the_lowest_of_a_gpu_that_does_not_list_them_are_refused_an
     assert list(client.ask("state")["gpus"]) == [setter.first]
 
 
-@pytest.mark.parametrize(("asked", "got"), [(350, 350), (5, 200), (9000, 700)])
-def test_a_power_limit_is_set_within_what_the_gpu_takes_and_restored(setter: Setter, asked: int, got: int) -> None:
+@pytest.mark.parametrize(("asked", "got"), [(350, 350), (5, 200), (690, 650), (9000, 650)])
+def test_a_power_limit_is_set_within_what_the_gpu_takes_never_raised_and_restored(
+        setter: Setter, asked: int, got: int) -> None:
     setter.person_sets(650)
     setter.serve()
     client = setter.connect()
     assert client.ask("power", gpu=setter.first, watts=asked) == {"ok": True, "watts": got}
     assert setter.watts() == got
     assert client.ask("power", gpu=setter.first, watts=400) == {"ok": True, "watts": 400}
+    assert client.ask("power", gpu=setter.first, watts=690) == {"ok": True, "watts": 650}, "from there, not from ours"
     assert client.ask("release-all") == {"ok": True}
     assert setter.watts() == 650, "the limit that was there before the first of ours"
 
@@ -212,6 +214,19 @@ def test_a_power_limit_that_somebody_changed_is_theirs(setter: Setter) -> None:
     client.ask("power", gpu=setter.first, watts=300)
     client.ask("release", gpu=setter.first)
     assert setter.watts() == 450, "what a person set last, not what was there in the beginning"
+
+
+def test_what_a_driver_made_of_a_limit_is_ours_and_not_a_persons(setter: Setter) -> None:
+    setter.serve("import pynvml; plain = pynvml.nvmlDeviceSetPowerManagementLimit; "
+                 "pynvml.nvmlDeviceSetPowerManagementLimit = lambda gpu, mw: plain(gpu, mw - mw % 25_000); ")
+    client = setter.connect()
+    assert client.ask("power", gpu=setter.first, watts=360) == {"ok": True, "watts": 350}
+    assert client.ask("power", gpu=setter.first, watts=345) == {"ok": True, "watts": 325}
+    assert client.ask("release", gpu=setter.first) == {"ok": True}
+    assert setter.watts() == 700
+    client.ask("power", gpu=setter.first, watts=360)
+    setter.person_sets(360)
+    assert "360 W" in client.ask("release", gpu=setter.first)["words"]
 
 
 def test_what_a_killed_setter_had_set_is_restored(setter: Setter) -> None:
@@ -257,6 +272,47 @@ def test_without_a_holder_everything_is_restored_and_a_new_one_in_time_keeps_it(
     until(lambda: setter.locked() == 0)
     assert time.monotonic() - gone >= GRACE_S / 2
     assert other.ask("state")["gpus"] == {}, "who only asks holds nothing"
+
+
+def test_what_nobody_asserts_again_is_restored_while_another_connection_holds_the_rest(setter: Setter) -> None:
+    setter.serve()
+    first, second = setter.connect(), setter.connect()
+    first.ask("clocks", gpu=setter.first, max_mhz=900)
+    first.ask("clocks", gpu=setter.second, max_mhz=800)
+    second.ask("clocks", gpu=setter.second, max_mhz=700)
+    first.close()
+    gone = time.monotonic()
+    until(lambda: setter.locked(0) == 0)
+    assert time.monotonic() - gone >= GRACE_S / 2
+    assert (setter.locked(1), second.ask("state")["held"]) == (700, True)
+
+
+def test_who_released_all_that_it_set_holds_nothing_of_others(setter: Setter) -> None:
+    setter.serve()
+    first, second = setter.connect(), setter.connect()
+    second.ask("clocks", gpu=setter.first, max_mhz=900)
+    assert second.ask("release", gpu=setter.first)["ok"]
+    first.ask("clocks", gpu=setter.first, max_mhz=900)
+    assert second.ask("clocks", gpu=setter.second, max_mhz=100)["code"] == "invalid", "and this sets nothing"
+    assert second.ask("clocks", gpu=setter.first, max_mhz=100)["code"] == "invalid"
+    first.close()
+    until(lambda: not second.ask("state")["held"])
+    until(lambda: setter.locked() == 0)
+
+
+def test_a_disk_that_hangs_holds_up_no_unit_and_nobody_who_only_asks(setter: Setter) -> None:
+    setter.serve("from opsctl.agent.setter import book; import time; "
+                 "book.write_atomically = lambda *_, **__: time.sleep(8); ")
+    client = setter.connect()
+    client.send("clocks", gpu=setter.first, max_mhz=900)
+    subprocess.run(["sleep", "0.3"], check=True)
+    began = time.monotonic()
+    other = setter.connect()
+    assert "systemctl stop" in other.ask("stop", instance=INSTANCE, how="now")["words"]
+    assert "systemctl" in other.ask("start", instance=INSTANCE)["words"]
+    assert other.ask("state")["ok"]
+    assert time.monotonic() - began < 4
+    assert client.hear()["code"] == "hangs"
 
 
 def test_a_state_file_of_another_boot_is_forgotten(setter: Setter) -> None:

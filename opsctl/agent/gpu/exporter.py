@@ -53,6 +53,7 @@ class Exporter:
         self._looked = self._written = -math.inf
         self._written_state = ""
         self._broken = ""
+        self._guarded = False  # web.toml was there since this agent began
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="scrape")  # one page at a time, beside the loop
 
     @property
@@ -110,9 +111,11 @@ class Exporter:
         complained = ""
         while True:
             try:
-                guarded = web_config.read(self._paths.settings.with_name("web.toml"))
+                guarded = web_config.read(self._paths.settings.with_name("web.toml"), was_there=self._guarded)
+                self._guarded = guarded.there
                 server = await Web(self.answer, guarded).serve(self._settings.listen, self._settings.exporter_port)
             except (OSError, OpsctlError) as error:
+                self._guarded |= isinstance(error, OpsctlError)  # a wrong file is one, and no reason to open
                 if str(error) != complained:
                     hint = f" {error.hint}." if isinstance(error, OpsctlError) else ""
                     self._say(f"metrics cannot be served: {str(error).rstrip('.')}; trying again.{hint}")

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from opsctl.agent.drains import boot_clock
 from opsctl.agent.gpu.child import EXIT_LOCKED
+from opsctl.agent.gpu.sample import parts_of
 
 STALE_S = 15.0  # a sample that is older counts no more
 TICK_S = 1.0
@@ -94,11 +95,16 @@ class View:
 
 
 def overlaid(gpu: dict[str, Any], younger: dict[str, Any] | None) -> dict[str, Any]:
-    """A sample with what a thermal line says of the same GPU; of one that is gone no old values stay. Pure."""
+    """A sample with what a thermal line says of the same GPU; of one that is gone no old values stay. Pure.
+
+    Its parts (MIG) stay, as who they are: an instance on one is no more lost than the GPU.
+    """
     if younger is None:
         return gpu
-    kept = (key for key in gpu if key not in THERMAL and (younger["state"] == "ok" or key in STAYS + IDENTITY))
-    return {**{key: gpu[key] for key in kept}, **younger}
+    if younger["state"] == "ok":
+        return {**{key: value for key, value in gpu.items() if key not in THERMAL}, **younger}
+    parts = parts_of(gpu)
+    return {**{key: gpu[key] for key in gpu if key in STAYS + IDENTITY}, **({"mig": parts} if parts else {}), **younger}
 
 
 def named(gpus: Sequence[dict[str, Any]], known: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ the driver begins to slow the GPU down, and 0 or less is a value like any other.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,7 @@ FIELDS = (*((number, ALL_LINKS) for number in NVLINK_KIB), MEMORY_TEMPERATURE, *
           *SLOWDOWNS_NS.values(), *OFFSETS.values(), RECOVERY_ACTION)
 # NVML_TEMPERATURE_THRESHOLD_*
 THRESHOLDS = {"shutdown": 0, "slowdown": 1, "memory_max": 2, "max_operating": 3}
+PART = ("id", "profile", "uuid")  # who a part is, whatever cannot be measured of it
 VALUE_OF_TYPE = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")
 
 
@@ -97,7 +99,8 @@ def sample(nvml: Nvml, gpu: Gpu) -> dict[str, Any]:
             raise LostError(gpu.words or "NVML gives no handle for it")
         values = _values(nvml, gpu)
     except LostError as error:
-        return {**known, "state": "lost", "words": str(error)}
+        parts = parts_of(gpu.slow)
+        return {**known, **({"mig": parts} if parts else {}), "state": "lost", "words": str(error)}
     return {**known, **values, **_state(nvml, values)}
 
 
@@ -237,7 +240,7 @@ def _slow_values(nvml: Nvml, gpu: Gpu) -> dict[str, Any]:
         "slowdowns_ns": _named(SLOWDOWNS_NS, fields),
         "offsets_c": gpu.offsets or None,
         "nvlink_kib": sum(fields[number] for number in NVLINK_KIB) if fields.keys() >= set(NVLINK_KIB) else None,
-        "mig": _mig(nvml, index, handle),
+        "mig": _mig(nvml, gpu),
     })
     processes = ask(("nvmlDeviceGetComputeRunningProcesses_v3",))
     if processes is not None:
@@ -267,8 +270,24 @@ def _memory(nvml: Nvml, index: int, handle: Any) -> dict[str, Any]:
                    "memory_total_mib": told.total / MIB, "memory_reserved_mib": _scaled(reserved, MIB)})
 
 
-def _mig(nvml: Nvml, index: int, handle: Any) -> list[dict[str, Any]] | None:
-    """The GPU instances of a GPU that is cut into parts: id, profile such as ``1g.10gb``, memory."""
+def parts_of(gpu: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A sample's parts of a GPU that is cut into some, without what was measured of them. Pure."""
+    return [{key: part.get(key) for key in PART} for part in gpu.get("mig", ())]
+
+
+def _mig(nvml: Nvml, gpu: Gpu) -> list[dict[str, Any]] | None:
+    """The GPU instances of a GPU that is cut into parts: id, profile such as ``1g.10gb``, uuid, memory.
+
+    An error is no "none": the parts known last are still there, and whoever serves on them is not lost.
+    """
+    troubles = len(nvml.troubles)
+    found = _parts(nvml, gpu.index, gpu.handle)
+    if len(nvml.troubles) > troubles and (known := parts_of(gpu.slow)):
+        return known
+    return None if found is None else [{**told, **_memory(nvml, gpu.index, part)} for part, told in found]
+
+
+def _parts(nvml: Nvml, index: int, handle: Any) -> list[tuple[Any, dict[str, Any]]] | None:
     mode = nvml.ask(index, ("nvmlDeviceGetMigMode", handle))
     if not mode or not mode[0]:
         return None
@@ -277,9 +296,9 @@ def _mig(nvml: Nvml, index: int, handle: Any) -> list[dict[str, Any]] | None:
         part = nvml.ask(index, ("nvmlDeviceGetMigDeviceHandleByIndex", handle, number))
         if part is not None:
             name = str(nvml.ask(index, ("nvmlDeviceGetName", part)) or "")
-            found.append({"id": nvml.ask(index, ("nvmlDeviceGetGpuInstanceId", part)),
-                          "profile": name.rpartition("MIG ")[2], "uuid": nvml.ask(index, ("nvmlDeviceGetUUID", part)),
-                          **_memory(nvml, index, part)})
+            found.append((part, {"id": nvml.ask(index, ("nvmlDeviceGetGpuInstanceId", part)),
+                                 "profile": name.rpartition("MIG ")[2],
+                                 "uuid": nvml.ask(index, ("nvmlDeviceGetUUID", part))}))
     return found
 
 

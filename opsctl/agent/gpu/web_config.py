@@ -8,8 +8,9 @@ The keys are those of Prometheus's exporter-toolkit, flat and in TOML, since the
     min_version = "TLS12"                       # or TLS13
     basic_auth_users = ["prometheus:$scrypt$ln=13,r=8,p=10$..."]
 
-``python -m opsctl.agent.gpu.web_config hash NAME`` asks for a password and prints such an entry. A wrong file serves
-nobody, rather than everybody. It and the files that it names are read anew when they change.
+``python -m opsctl.agent.gpu.web_config hash NAME`` asks for a password and prints such an entry. It and the files that
+it names are read anew when they change. A wrong file serves nobody, rather than everybody; so do one that guards
+nothing, and one that was there since the agent began and is gone: ``rm`` and ``cp`` shall open no page between them.
 """
 
 from __future__ import annotations
@@ -33,29 +34,35 @@ KEYS = (*FILES, "min_version", "client_auth_type", "basic_auth_users")
 VERSIONS = {"TLS12": ssl.TLSVersion.TLSv1_2, "TLS13": ssl.TLSVersion.TLSv1_3}
 MUST = "RequireAndVerifyClientCert"  # of exporter-toolkit's words for client_auth_type the one that means something
 HINT = "docs/exporter.md lists its keys; without the file the metrics are open to whoever reaches the port"
+OPEN = "put it back; to serve without it: systemctl restart opsctl-agent"
 MAKE = "/opt/opsctl/agent/bin/python3 -m opsctl.agent.gpu.web_config hash NAME"
 
 
 @dataclass(frozen=True)
 class WebConfig:
-    """What guards the page. ``seen`` changes when a file of it does."""
+    """What guards the page. ``seen`` changes when a file of it does; ``there``: web.toml itself is."""
 
+    there: bool = False
     tls: ssl.SSLContext | None = None
     passwords: Passwords | None = None
     files: tuple[Path, ...] = ()
     seen: tuple[Any, ...] = field(default=())
 
 
-def read(path: Path) -> WebConfig:
-    """What stands there; nothing guarded when there is no file.
+def read(path: Path, *, was_there: bool = False) -> WebConfig:
+    """What stands there; nothing guarded when there is no file, and never was.
 
     Raises:
-        ConfigurationError: it or a file that it names cannot be used; names file, key and value.
+        ConfigurationError: it or a file that it names cannot be used; names file, key and value. Or it is gone.
     """
     seen = look((path,))
     try:
         table = flat_toml.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if was_there:
+            raise wrong(f"{path} was there and is gone.", OPEN) from None
+        if path.is_symlink():
+            raise wrong(f"{path} leads to a file that is not there.") from None
         return WebConfig(files=(path,), seen=seen)
     except (OSError, ValueError) as error:
         raise wrong(f"{path} cannot be read: {error}.") from None
@@ -64,8 +71,12 @@ def read(path: Path) -> WebConfig:
             raise wrong(f"{path}: there is no key {key}; keys are {', '.join(KEYS)}.")
         if not isinstance(value, list if key == "basic_auth_users" else str):
             raise wrong(f"{path}: {key} is {value!r}, expected {'a list' if key == 'basic_auth_users' else 'text'}.")
+    if table.get("basic_auth_users") == []:
+        raise wrong(f"{path}: basic_auth_users is empty; leave it out, or add an entry made with {MAKE}.")
+    if not table:
+        raise wrong(f"{path} guards nothing: there is neither cert_file nor basic_auth_users.")
     files = (path, *(path.parent / table[key] for key in FILES if key in table))
-    return WebConfig(_tls(path, table), _passwords(path, table.get("basic_auth_users", [])), files, look(files))
+    return WebConfig(True, _tls(path, table), _passwords(path, table.get("basic_auth_users", [])), files, look(files))
 
 
 def look(files: tuple[Path, ...]) -> tuple[Any, ...]:

@@ -64,23 +64,31 @@ class Board:
             return {"max_mhz": wanted}
 
     def power(self, gpu: str, watts: int) -> Answer:
-        """Sets the power limit, as near as the GPU allows."""
+        """Sets the power limit, as near as the GPU allows, and never above the one that was in force before ours."""
         with self._gpu(gpu) as (nvml, handle):
             least, most = nvml.nvmlDeviceGetPowerManagementLimitConstraints(handle)
-            wanted = max(least, min(watts * 1000, most))
             now = nvml.nvmlDeviceGetPowerManagementLimit(handle)
             old = self._book.of(gpu)
             ours = old.limit_mw is not None and abs(now - old.limit_mw) <= SAME_MW
-            before = self._note(gpu, replace(old, limit_mw=wanted, before_mw=old.before_mw if ours else now))
+            before_mw = old.before_mw if ours and old.before_mw is not None else now
+            wanted = max(least, min(watts * 1000, most, before_mw))
+            before = self._note(gpu, replace(old, limit_mw=wanted, before_mw=before_mw))
             try:
                 # not _v2: nvidia-ml-py drops its error code
                 nvml.nvmlDeviceSetPowerManagementLimit(handle, wanted)
             except nvml.NVMLError:
                 self._note(gpu, before)
                 raise
+            self._note_what_it_took(nvml, handle, gpu)
             if self._ended:
                 self._undo_power(nvml, handle, gpu)
             return {"watts": round(nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000)}
+
+    def _note_what_it_took(self, nvml: Any, handle: Any, gpu: str) -> None:
+        """A driver may round: what it says now is ours, and only another value is somebody else's."""
+        with suppress(nvml.NVMLError, RefusedRequest):  # then what was asked counts
+            taken = nvml.nvmlDeviceGetPowerManagementLimit(handle)
+            self._note(gpu, replace(self._book.of(gpu), limit_mw=taken))
 
     def release(self, gpu: str) -> Answer:
         """Restores what was set on a GPU; ``words`` say what was left as it is."""

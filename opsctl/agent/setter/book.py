@@ -24,14 +24,14 @@ class Entry:
 
 
 class Book:
-    """By UUID, in a file that is replaced whole. Used by several threads."""
+    """By UUID, in a file that is replaced whole. Used by several threads; who only looks waits for no disk."""
 
     def __init__(self, paths: Paths, boot: str, say: Callable[[str], None]) -> None:
         self._path = paths.setter_state
         self._boot = boot
         self._lock = threading.Lock()
         self._closed = False
-        self._entries = self._read(say)
+        self._entries = self._read(say)  # replaced whole, never changed: read without the lock
 
     def close(self) -> None:
         """The file is another process's from now on."""
@@ -39,12 +39,10 @@ class Book:
             self._closed = True
 
     def entries(self) -> dict[str, Entry]:
-        with self._lock:
-            return dict(self._entries)
+        return dict(self._entries)
 
     def of(self, gpu: str) -> Entry:
-        with self._lock:
-            return self._entries.get(gpu, Entry())
+        return self._entries.get(gpu, Entry())
 
     def put(self, gpu: str, entry: Entry) -> None:
         """Writes down, on the disk, what is about to be set or was restored. Raises OSError: then nothing changed."""

@@ -17,7 +17,7 @@ HIGHEST_WATTS = 10_000
 GPU = re.compile(r"GPU-[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 INSTANCE = re.compile(r"[a-z][a-z0-9-]{0,30}\.[0-9]{1,3}")
 HOW = ("drain", "now")
-HOLDS = ("clocks", "power")  # who asks these is the holder: what it set is restored when it is gone
+UNITS = ("stop", "start")  # these have nothing to do with a GPU
 
 Answer = dict[str, Any]
 

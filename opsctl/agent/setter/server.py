@@ -1,8 +1,8 @@
-"""Hears requests on the socket: a thread for each connection, a lane for each GPU, and a holder for what is set.
+"""Hears requests on the socket: a thread for each connection, a lane for each GPU, and holders for what is set.
 
-Who sets clocks or power holds them with its connection. When no holder is left for ``grace_s``, everything is restored:
-an agent that was killed has that long to come back. Whatever hangs in the driver, connections are taken, and
-instances stopped and started.
+Who sets clocks or power of a GPU holds it with its connection, until they are released. A GPU without a holder for
+``grace_s`` is restored: an agent that was killed has that long to come back and ask again. Whatever hangs in the driver
+or on the disk, connections are taken, and instances stopped and started.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Server:
         self._journal = Lane("journal")  # a journal that stands still holds up nobody
         self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
-        self._holders: set[socket.socket] = set()
-        self._restore_at: float | None = None
+        self._holders: dict[str, set[socket.socket]] = {}  # by GPU: whose requests set something there
+        self._restore_at: dict[str, float] = {}  # by GPU: set, and held by nobody
         self._complained: dict[str, str] = {}  # why a GPU could not be restored, said once
 
     def listen(self) -> socket.socket:
@@ -71,9 +71,10 @@ class Server:
 
     def serve(self, listener: socket.socket, stopping: int) -> None:
         """Until ``stopping`` can be read. What a process before this one left set is restored first."""
-        self._restore(lambda: True)
+        for gpu in self._book.entries():
+            self._restore(gpu)
         while not select.select([stopping], [], [], 0)[0]:
-            self._look_for_a_holder()
+            self._look_for_holders()
             tick_s = TICK_S if self._book.entries() else IDLE_TICK_S
             ready, _, _ = select.select([listener.fileno(), stopping], [], [], tick_s)
             if listener.fileno() in ready:
@@ -91,28 +92,47 @@ class Server:
         while not all(lane.idle() for lane in list(self._lanes.values())):
             time.sleep(TICK_S)
 
-    def _look_for_a_holder(self) -> None:
-        with self._lock:
-            held = bool(self._holders)
-        if held or not self._book.entries():
-            self._restore_at = None
-            return
+    def _look_for_holders(self) -> None:
+        self._forget_released()
         now = time.monotonic()
-        if self._restore_at is None:
-            self._restore_at = now + self._grace_s
-        elif now >= self._restore_at:
-            self._restore_at = now + AGAIN_S
-            self._restore(lambda: not self._holders)
+        alone = [gpu for gpu in self._book.entries() if not self._held(gpu)]
+        self._restore_at = {gpu: self._restore_at.get(gpu, now + self._grace_s) for gpu in alone}
+        for gpu, at in self._restore_at.items():
+            if now >= at:
+                self._restore_at[gpu] = now + AGAIN_S
+                self._restore(gpu)
 
-    def _restore(self, still: Callable[[], bool]) -> None:
-        """Restores everything without waiting for it, where ``still`` when its turn comes."""
-        for gpu in self._book.entries():
-            lane = self._lane(gpu)
-            if not lane.hangs():
-                lane.post(partial(self._restore_one, gpu, still))
+    def _held(self, gpu: str) -> bool:
+        with self._lock:
+            return bool(self._holders.get(gpu))
 
-    def _restore_one(self, gpu: str, still: Callable[[], bool]) -> Answer:
-        if not still() or gpu not in self._book.entries():
+    def _hold(self, gpu: str, connection: socket.socket) -> bool:
+        """False: it held the GPU already."""
+        with self._lock:
+            holders = self._holders.setdefault(gpu, set())
+            new = connection not in holders
+            holders.add(connection)
+            return new
+
+    def _let_go(self, connection: socket.socket, gpus: Collection[str]) -> None:
+        with self._lock:
+            for gpu in gpus:
+                self._holders.get(gpu, set()).discard(connection)
+
+    def _forget_released(self) -> None:
+        """Where nothing is set, nobody holds anything, whoever released it."""
+        entries = self._book.entries()
+        with self._lock:
+            self._holders = {gpu: holders for gpu, holders in self._holders.items() if gpu in entries and holders}
+
+    def _restore(self, gpu: str) -> None:
+        """Without waiting for it; one that is held when its turn comes is left alone."""
+        lane = self._lane(gpu)
+        if not lane.hangs():
+            lane.post(partial(self._restore_one, gpu))
+
+    def _restore_one(self, gpu: str) -> Answer:
+        if self._held(gpu) or gpu not in self._book.entries():
             return {}
         try:
             answer = self._board.release(gpu)
@@ -150,7 +170,8 @@ class Server:
             finally:
                 with self._lock:
                     self._connections.discard(connection)
-                    self._holders.discard(connection)
+                    gpus = list(self._holders)
+                self._let_go(connection, gpus)
 
     def _refuse(self, connection: socket.socket, code: str, words: str) -> None:
         with suppress(OSError):
@@ -172,7 +193,7 @@ class Server:
             request = protocol.read(line)
             before = self._book.entries()
             answer: Answer = {"ok": True, **self._do(connection, request)}
-            changed = request["verb"] in ("stop", "start") or self._book.entries() != before
+            changed = request["verb"] in protocol.UNITS or self._book.entries() != before
         except RefusedRequest as error:
             answer, changed = protocol.refusal(error), bool(request)
         if changed:  # the agent says the same again and again
@@ -190,23 +211,35 @@ class Server:
         if verb == "release-all":
             return self._release_all()
         gpu = request["gpu"]
-        if verb in protocol.HOLDS:
-            with self._lock:
-                self._holders.add(connection)
-        work = {"clocks": lambda: self._board.clocks(gpu, request["max_mhz"]),
-                "power": lambda: self._board.power(gpu, request["watts"]),
-                "release": lambda: self._board.release(gpu)}[verb]
-        before = self._book.of(gpu)
-        return self._lane(gpu).ask(work, partial(self._board.back_to, gpu, before))
+        if verb == "release":
+            answer = self._ask(gpu, partial(self._board.release, gpu))
+            self._forget_released()
+            return answer
+        work = (partial(self._board.clocks, gpu, request["max_mhz"]) if verb == "clocks"
+                else partial(self._board.power, gpu, request["watts"]))
+        new = self._hold(gpu, connection)  # before it is set: nobody shall restore it meanwhile
+        try:
+            answer = self._ask(gpu, work)
+        except RefusedRequest:
+            if new:
+                self._let_go(connection, [gpu])
+            raise
+        self._hold(gpu, connection)  # somebody's release before it may have made it nobody's
+        return answer
+
+    def _ask(self, gpu: str, work: Callable[[], Answer]) -> Answer:
+        return self._lane(gpu).ask(work, partial(self._board.back_to, gpu, self._book.of(gpu)))
 
     def _release_all(self) -> Answer:
         """Every GPU, also when one refuses or hangs; the answer is one of the refusals then."""
         lanes = {gpu: self._lane(gpu) for gpu in self._book.entries()}
         jobs = {gpu: lane.post(partial(self._board.release, gpu)) for gpu, lane in lanes.items() if not lane.hangs()}
         until = time.monotonic() + PATIENCE_S
-        for gpu, lane in lanes.items():
-            if gpu not in jobs or not jobs[gpu].over.wait(max(0.0, until - time.monotonic())):
-                raise lane.hanging()  # it is done when that is over
+        late = [lane for gpu, lane in lanes.items()
+                if gpu not in jobs or not jobs[gpu].over.wait(max(0.0, until - time.monotonic()))]
+        self._forget_released()
+        if late:
+            raise late[0].hanging()  # it is done when that is over
         for job in jobs.values():
             if isinstance(job.answer, RefusedRequest):
                 raise job.answer
@@ -214,7 +247,7 @@ class Server:
 
     def _state(self) -> Answer:
         with self._lock:
-            held, lanes = bool(self._holders), dict(self._lanes)
+            held, lanes = any(self._holders.values()), dict(self._lanes)
         return {"held": held, "hangs": sorted(gpu for gpu, lane in lanes.items() if lane.hangs()), "gpus": {
             gpu: {"max_mhz": entry.max_mhz, "watts": None if entry.limit_mw is None else entry.limit_mw // 1000}
             for gpu, entry in self._book.entries().items()}}
@@ -229,9 +262,7 @@ class Server:
 
     def _record(self, verb: str, by: str, what: Answer) -> None:
         def write() -> Answer:
-            with suppress(OSError):
-                audit.record(f"setter {verb}", {**{key: value for key, value in what.items() if key != "verb"},
-                                                "by": by})
+            audit.record(f"setter {verb}", {**{key: value for key, value in what.items() if key != "verb"}, "by": by})
             return {}
 
         if not self._journal.hangs():
