@@ -84,6 +84,17 @@ def policy(fleet: LabFleet, host: str, **numbers: float) -> Iterator[None]:
         sh(fleet, host, f"rm -f {POLICY}; [ ! -e {POLICY}.kept ] || mv {POLICY}.kept {POLICY}")
 
 
+@contextmanager
+def unguarded(fleet: LabFleet, host: str) -> Iterator[None]:
+    """The hardware alone: a guard whose numbers nothing ever reaches."""
+    numbers = {"less_margin_c": -90, "slowed_margin_c": -91, "least_margin_c": -92, "stop_margin_c": -93,
+               "stop_now_margin_c": -94, "memory_less_margin_c": -90, "memory_slowed_margin_c": -91,
+               "memory_least_margin_c": -92, "slowed_time_s": 0, "least_time_s": 0, "climb_margin_c": -80,
+               "climb_dwell_s": 1}
+    with policy(fleet, host, **numbers):
+        yield
+
+
 @dataclass(frozen=True)
 class Moment:
     """One look: seconds of the monotonic clock, requests by server, weights by server (-1: not up), the core."""

@@ -15,7 +15,7 @@ from itertools import groupby
 import pytest
 from command import succeeds
 from conftest import NAME, LabFleet, lab_of_a_module, unwatched
-from heat import Watch, cool, guard, locked_mhz, pause, policy, sh, share, silicon, slowdown_s, wait_for
+from heat import Watch, cool, guard, locked_mhz, pause, policy, sh, share, silicon, slowdown_s, unguarded, wait_for
 from under_load import SECONDS_PER_STREAM, be_nice, told
 
 from opsctl.fleet.inventory import read_fleet
@@ -101,9 +101,7 @@ def test_a_weak_fan_costs_next_to_nothing(mended: LabFleet) -> None:
         guarded = [moment.clock_mhz for moment in watch.moments[len(watch.moments) // 3:]]
         seen = guard(fleet, "gpu-1")
         # the hardware alone: a guard that does nothing, on the same machine just after
-        with policy(fleet, "gpu-1", less_margin_c=-90, slowed_margin_c=-91, least_margin_c=-92, stop_margin_c=-93,
-                    stop_now_margin_c=-94, memory_less_margin_c=-90, memory_slowed_margin_c=-91,
-                    memory_least_margin_c=-92, slowed_time_s=0, least_time_s=0, climb_margin_c=-80, climb_dwell_s=1):
+        with unguarded(fleet, "gpu-1"):
             wait_for(lambda: guard(fleet, "gpu-1")["word"] == "normal", 30, "the control is not guarded")
             with Watch(fleet, "gpu-1", load.target.statistics[0]) as control:
                 pause(30)

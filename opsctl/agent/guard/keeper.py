@@ -231,7 +231,7 @@ class Keeper:
         return moved
 
     def _moved(self, instance: str, one: Watched, before: Rung, decision: Decision) -> None:
-        words = "; ".join(decision.reasons) or "all is well"
+        words = " ".join(decision.reasons) or "all is well"
         if decision.rung != before:
             one.course.moved(int(before), int(decision.rung), words, self._wall())
         acts = "" if decision.acts else " (observed only: clocks and stops are left alone)"
