@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from opsctl.agent.gpu.series import HOST_LABEL
 from opsctl.fleet.model import EXPORTER_PORT
 from opsctl.lab.answer import Response
 from opsctl.status_gpus import gpus_of, seen_wrong
@@ -32,7 +31,7 @@ def test_health(provisioned) -> None:
 @pytest.mark.of("host", "its metrics can be scraped")
 def test_metrics(provisioned) -> None:
     status, text = get(provisioned, "/metrics")
-    mark = f'{HOST_LABEL}="{provisioned.host.name}"'
+    mark = f'hostname="{provisioned.host.name}"'
     if status != 200 or "opsctl_agent_info{" not in text or mark not in text:
         raise Wrong(f"metrics of {provisioned.host.name} on port {EXPORTER_PORT}",
                     text.strip()[:200] or f"HTTP {status}", AGENT)

@@ -43,7 +43,7 @@ def test_numbers_are_whole_or_text_in_the_hosts_file(given: Any, written: dict[s
     (4, "is no table of numbers"), ("less_margin_c=4", "is no table of numbers"), ([4], "is no table of numbers"),
     ({"margin": 4}, "cannot be: margin = 4 is unknown"), ({"less_weight": 2.5}, "is no whole number"),
     ({"less_margin_c": True}, "is no number"), ({"less_weight": 300}, "is not between 1 and 100"),
-    ({"less_margin_c": -9}, "is not below"),
+    ({"slowed_weight": 80}, "is not below"),
 ])
 def test_what_cannot_be_is_said(given: Any, words: str) -> None:
     wrong = first_wrong({"guard_policy": given})
