@@ -86,7 +86,7 @@ def policy(fleet: LabFleet, host: str, **numbers: float) -> Iterator[None]:
 
 @contextmanager
 def unguarded(fleet: LabFleet, host: str) -> Iterator[None]:
-    """The hardware alone: a guard whose numbers nothing ever reaches."""
+    """A guard whose numbers nothing ever reaches: only what the driver itself says of heat sheds some load."""
     numbers = {"less_margin_c": -90, "slowed_margin_c": -91, "least_margin_c": -92, "stop_margin_c": -93,
                "stop_now_margin_c": -94, "memory_less_margin_c": -90, "memory_slowed_margin_c": -91,
                "memory_least_margin_c": -92, "slowed_time_s": 0, "least_time_s": 0, "climb_margin_c": -80,
