@@ -65,7 +65,7 @@ def test_it_is_as_small_after_an_hour(tmp_path: Path, capsys: pytest.CaptureFixt
             f"second; scrapes: median {statistics.median(took):.1f} ms, p99 {p99:.1f} ms, of /healthz {idle:.1f}\n")
     assert max(growth) < GROWTH_MIB
     assert max(found[-1] for found in memory.values()) < RESIDENT_MIB
-    assert p99 - idle < SCRAPE_P99_MS
+    assert p99 < SCRAPE_P99_MS  # what /healthz took, above, says how busy the machine was
 
 
 def unpacked(body: bytes) -> bytes:
